@@ -1,0 +1,37 @@
+# The two commands: `make simulate` runs the main job, `make test` the tests. Each builds .venv when it is missing or stale.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: simulate test lint clean
+
+simulate: .venv/.installed
+	$(BIN)/fedofa simulate $(ARGS)
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# torch comes first and by exact version, so that no other package pulls in a CUDA build.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "fedofa needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[simulation]'
+	touch $@
+
+# `ofa` is a test peer: without its dependencies, since torchvision does not belong here.
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[simulation,dev]'
+	$(PIP) --no-deps ofa
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""Federated on-device fine-tuning atop a Once-for-All supernet."""

@@ -1,0 +1,1 @@
+"""Labelled images by name, and how they are split among clients. No torch."""

@@ -1,0 +1,162 @@
+"""What every supernet is: shared weights, a search space, and subnets that are functions of both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedofa.supernet.network import ParameterSpec
+from fedofa.supernet.slices import SliceMap, build_slice_map
+from fedofa.types.errors import CheckpointError, SpaceError
+from fedofa.types.space import SearchSpace, SubnetConfig
+from fedofa.types.state import SharedState
+
+
+def assemble(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put tensors into a skeleton from the meta device, which becomes an ordinary module that owns them.
+
+    Raises:
+        SpaceError: when the names are not exactly the skeleton's.
+    """
+    left = set(tensors)
+    for prefix, module in skeleton.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, current in named:
+            if dot + name not in left:
+                raise SpaceError(f"the subnet needs the tensor {dot + name!r}, which was not given")
+            left.remove(dot + name)
+            tensor = tensors[dot + name]
+            setattr(module, name, nn.Parameter(tensor) if isinstance(current, nn.Parameter) else tensor)
+    if left:
+        raise SpaceError(f"the subnet has no tensors {sorted(left)[:5]} ({len(left)} in all)")
+    return skeleton
+
+
+class Supernet(nn.Module, ABC):
+    """Shared weights from which any subnet of `space` can be cut.
+
+    There are no elastic layers: a subnet is a plain skeleton, fed with tensors that its slice map extracts.
+
+    Args:
+        space: the search space.
+        network: the largest network, which holds the shared weights under their shared names.
+        kernels: the elastic depthwise kernel sizes, empty where kernels are not elastic.
+    """
+
+    def __init__(self, space: SearchSpace, network: nn.Module, kernels: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.space = space
+        self.network = network
+        self.kernels = tuple(kernels)
+        self.ordering: dict[str, np.ndarray] = {}
+        self._largest = {item.name: item for item in self.parameter_table(space.largest())}
+        self._slice_maps: dict[SubnetConfig, SliceMap] = {}
+
+    @abstractmethod
+    def skeleton(self, subnet: SubnetConfig) -> nn.Module:
+        """Plain torch layers on the meta device: shapes and names, no weights."""
+
+    @abstractmethod
+    def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
+        """The subnet's tensors, in the order of its forward pass."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """A JSON object from which `families.build_supernet` makes a supernet of the same space."""
+
+    @final
+    def shared(self) -> dict[str, Tensor]:
+        """The shared tensors by name: parameters, kernel matrices and batch-norm statistics (not copies)."""
+        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+
+    @final
+    def slice_map(self, subnet: SubnetConfig) -> SliceMap:
+        """The linear map from the shared weights to this subnet's.
+
+        Raises:
+            SpaceError: when the subnet is not of this space.
+        """
+        if subnet not in self._slice_maps:
+            self.space.check(subnet)
+            table = self.parameter_table(subnet)
+            self._slice_maps[subnet] = build_slice_map(self._largest, table, self.ordering, self.kernels)
+        return self._slice_maps[subnet]
+
+    @final
+    def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The subnet as a module with weights of its own, from `shared` where given, else from this supernet's."""
+        source = self.shared() if shared is None else shared
+        with torch.no_grad():
+            tensors = self.slice_map(subnet).extract(source)
+            own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        return assemble(self.skeleton(subnet), own)
+
+    @final
+    def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
+        """Logits of one subnet, `(batch, num_classes)`, differentiable with respect to the shared weights.
+
+        Batch-norm statistics are read, never written: training mode uses the batch's own and leaves the shared ones.
+        """
+        slices = self.slice_map(subnet)
+        tensors = slices.extract(self.shared())
+        own = {name: tensor.clone() if slices[name].role == "statistic" else tensor for name, tensor in tensors.items()}
+        skeleton = self.skeleton(subnet).train(self.training)
+        return torch.func.functional_call(skeleton, own, (x,))
+
+    @final
+    def set_ordering(self, ordering: Mapping[str, np.ndarray]) -> None:
+        """Choose the channel ordering that narrower subnets gather by.
+
+        Raises:
+            SpaceError: for an unknown group, or an array that is not a permutation of its channels.
+        """
+        sizes = self.channel_groups()
+        for group, order in ordering.items():
+            if group not in sizes:
+                raise SpaceError(f"ordering of unknown channel group {group!r}; known: {sorted(sizes)[:8]} ...")
+            if not np.array_equal(np.sort(order), np.arange(sizes[group])):
+                raise SpaceError(f"ordering of {group!r}: expected a permutation of 0..{sizes[group] - 1}")
+        self.ordering = {group: np.asarray(order, np.int64) for group, order in ordering.items()}
+        self._slice_maps.clear()
+
+    @final
+    def channel_groups(self) -> dict[str, int]:
+        """Elastic channel group -> number of channels in the largest network."""
+        return {
+            group: size
+            for item in self._largest.values()
+            for group, size in zip(item.groups, item.shape, strict=True)
+            if group is not None
+        }
+
+    @final
+    def state(self) -> SharedState:
+        """The shared tensors as numpy copies, version 0."""
+        tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.shared().items()}
+        return SharedState(0, tensors, dict(self.ordering))
+
+    @final
+    def load_state(self, state: SharedState) -> None:
+        """Take over the tensors and the ordering of a state of the same space.
+
+        Raises:
+            CheckpointError: listing tensors that are missing, unknown or of another shape.
+        """
+        shared = self.shared()
+        wrong = sorted(set(shared) ^ set(state.tensors))
+        wrong += [n for n in shared if n in state.tensors and tuple(shared[n].shape) != state.tensors[n].shape]
+        if wrong:
+            raise CheckpointError(
+                f"the state does not belong to this supernet ({self.space.family}): {len(wrong)} tensors are missing, "
+                f"unknown or of another shape, among them {wrong[:5]}; use the supernet settings it was saved with"
+            )
+        with torch.no_grad():
+            for name, tensor in shared.items():
+                tensor.copy_(torch.from_numpy(np.ascontiguousarray(state.tensors[name])))
+        self.set_ordering(state.ordering)

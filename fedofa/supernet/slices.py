@@ -1,0 +1,207 @@
+"""The slice map: the linear map A from shared weights to a subnet's, and its way back.
+
+Most tensors of a subnet are slices of the shared ones (leading or gathered channels). A small depthwise kernel is not:
+it is the large one's centre, sent through the learned transform matrices (Once-for-All, arXiv 1908.09791, section 3.2).
+Both are linear, so one map serves extraction, folding and lifting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fedofa.supernet.network import ParameterSpec
+from fedofa.supernet.sums import Index, TensorSums, check_term
+
+T = TypeVar("T", bound=Any)  # numpy.ndarray or torch.Tensor
+
+MAX_CONDITION = 1e3
+"""Singular values of a kernel transform below 1/1000 of its largest are truncated on the way back."""
+
+PLAIN_VIEW = "weight"
+
+
+def matrix_name(depthwise: str, source: int, target: int) -> str:
+    """Name of the `(target^2, target^2)` transform of one block, e.g. "stages.1.0.depthwise.matrix_7to5"."""
+    return f"{depthwise}.matrix_{source}to{target}"
+
+
+def centre(kernel: T, size: int) -> T:
+    """The middle `(..., size, size)` of `(..., k, k)`."""
+    start = (kernel.shape[-1] - size) // 2
+    return kernel[..., start : start + size, start : start + size]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTransform:
+    """From the shared k x k depthwise kernel to a smaller one, step by step: centre, then times the step's matrix.
+
+    Args:
+        sizes: the kernel sizes passed through, largest first, e.g. (7, 5, 3).
+        matrices: shared name of each step's matrix; one fewer than sizes.
+    """
+
+    sizes: tuple[int, ...]
+    matrices: tuple[str, ...]
+
+    @classmethod
+    def between(cls, depthwise: str, sizes: Sequence[int], target: int) -> KernelTransform:
+        """The steps from the largest of the elastic `sizes` down to `target`, for the block's depthwise convolution."""
+        steps = tuple(size for size in sorted(sizes, reverse=True) if size >= target)
+        names = tuple(matrix_name(depthwise, a, b) for a, b in zip(steps, steps[1:], strict=False))
+        return cls(steps, names)
+
+    def apply(self, kernel: T, shared: Mapping[str, T]) -> T:
+        """`(channels, 1, k, k)` to `(channels, 1, target, target)`; numpy and torch alike, differentiable."""
+        for size, name in zip(self.sizes[1:], self.matrices, strict=True):
+            flat = centre(kernel, size).reshape(-1, size * size)
+            kernel = (flat @ shared[name].T).reshape(-1, 1, size, size)
+        return kernel
+
+    def operator(self, shared: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The transform as one float64 matrix K `(target^2, k^2)`: small = K @ large, on flattened kernels."""
+        k = self.sizes[0]
+        matrices = {name: shared[name].astype(np.float64) for name in self.matrices}
+        basis = np.eye(k * k).reshape(-1, 1, k, k)
+        return self.apply(basis, matrices).reshape(k * k, -1).T
+
+
+def truncate(operator: np.ndarray) -> tuple[np.ndarray, int]:
+    """The operator without its singular values below `1/MAX_CONDITION` of the largest, and how many those were."""
+    u, s, vt = np.linalg.svd(operator, full_matrices=False)
+    kept = s > s[0] / MAX_CONDITION
+    if kept.all():
+        return operator, 0
+    return (u[:, kept] * s[kept]) @ vt[kept], int((~kept).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Where one tensor of a subnet comes from: a shared tensor's index, then for small kernels a transform.
+
+    `shape` is the subnet's, `shared_shape` the shared tensor's; the name is the same on both sides.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    shared_shape: tuple[int, ...]
+    index: Index
+    kernel: KernelTransform | None
+    role: str
+
+    def extract(self, shared: Mapping[str, T]) -> T:
+        """The subnet's tensor; a view of the shared one where the index and the transform allow it."""
+        tensor = shared[self.name]
+        plain = tuple(item if isinstance(item, slice) else slice(None) for item in self.index)
+        tensor = tensor[plain]
+        for dim, item in enumerate(self.index):
+            if isinstance(item, np.ndarray):
+                tensor = tensor[(slice(None),) * dim + (item,)]
+        return tensor if self.kernel is None else self.kernel.apply(tensor, shared)
+
+    @property
+    def view(self) -> str:
+        """The view of `TensorSums` that this tensor's deltas belong to."""
+        return PLAIN_VIEW if self.kernel is None else str(self.shape[-1])
+
+    def accumulate(self, sums: TensorSums, delta: np.ndarray, weight: int) -> None:
+        """Add `weight * delta` (in the subnet's shape) to the sums of the shared tensor, in place."""
+        if self.kernel is None:
+            sums.add(PLAIN_VIEW, self.shared_shape, self.index, delta, weight)
+        else:
+            channels, size = self.shared_shape[0], self.shape[-1]
+            values = delta.reshape(len(delta), size * size)
+            sums.add(self.view, (channels, size * size), (self.index[0], slice(None)), values, weight)
+
+    def lift(self, delta: np.ndarray, shared: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The minimum-norm float64 change of the shared tensor of which this slice sees `delta`."""
+        lifted = np.zeros(self.shared_shape)
+        values = delta.astype(np.float64)
+        if self.kernel is not None:
+            operator, _ = truncate(self.kernel.operator(shared))
+            values = values.reshape(len(delta), -1) @ np.linalg.pinv(operator).T
+            values = values.reshape(len(delta), *self.shared_shape[1:])
+        grid = np.ix_(*(np.arange(size)[item] for item, size in zip(self.index, self.shared_shape, strict=True)))
+        lifted[grid] = values
+        return lifted
+
+
+class SliceMap:
+    """All slices of one subnet, in the order of the subnet's parameter table."""
+
+    def __init__(self, slices: Sequence[TensorSlice]) -> None:
+        self.slices = {item.name: item for item in slices}
+
+    def __iter__(self) -> Iterator[TensorSlice]:
+        return iter(self.slices.values())
+
+    def __getitem__(self, name: str) -> TensorSlice:
+        return self.slices[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.slices
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the subnet's parameters; batch-norm statistics are not among them."""
+        return tuple(item.name for item in self if item.role != "statistic")
+
+    def extract(self, shared: Mapping[str, T]) -> dict[str, T]:
+        """A w: the subnet's tensors by name; numpy and torch alike, differentiable."""
+        return {item.name: item.extract(shared) for item in self}
+
+    def accumulate(self, sums: dict[str, TensorSums], delta: Mapping[str, np.ndarray], weight: int) -> None:
+        """`sums += weight * A^T d` in place, kept apart by kernel size so that the fold can solve for w.
+
+        Nothing is added when any tensor is out of the fixed-point range.
+
+        Raises:
+            FoldError: naming the parameter.
+        """
+        for name, values in delta.items():
+            check_term(name, values, weight)
+        for name, values in delta.items():
+            self.slices[name].accumulate(sums.setdefault(name, TensorSums()), values, weight)
+
+    def lift(self, delta: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The minimum-norm w with A w = d for one client, by shared name, float64."""
+        return {name: self.slices[name].lift(values, shared) for name, values in delta.items()}
+
+
+def build_slice_map(
+    shared: Mapping[str, ParameterSpec],
+    subnet: Sequence[ParameterSpec],
+    ordering: Mapping[str, np.ndarray],
+    kernels: Sequence[int] = (),
+) -> SliceMap:
+    """The map from the largest network's parameter table to a subnet's.
+
+    Args:
+        shared: the largest network's parameters by name.
+        subnet: the subnet's parameters.
+        ordering: channel group -> permutation, most important first; a group left out is in order.
+        kernels: the elastic kernel sizes.
+    """
+    slices = []
+    for item in subnet:
+        source = shared[item.name]
+        index = tuple(
+            _dimension_index(ordering.get(group) if group else None, size, full)
+            for group, size, full in zip(item.groups, item.shape, source.shape, strict=True)
+        )
+        depthwise = item.name.removesuffix(".conv.weight")
+        kernel = None
+        if len(item.shape) == 4 and item.shape[-1] != source.shape[-1]:
+            kernel = KernelTransform.between(depthwise, kernels, item.shape[-1])
+            index = (*index[:2], slice(None), slice(None))
+        slices.append(TensorSlice(item.name, item.shape, source.shape, index, kernel, item.role))
+    return SliceMap(slices)
+
+
+def _dimension_index(order: np.ndarray | None, size: int, full: int) -> slice | np.ndarray:
+    if order is not None:
+        return order[:size]
+    return slice(None) if size == full else slice(0, size)

@@ -1,0 +1,56 @@
+"""What a device can do: the budgets that decide which subnet it gets and how it trains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fedofa.types.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """A device as the server sees it; the client states it in answer to a query.
+
+    Args:
+        device_class: name of the kind of device ("sensor_board", "phone", ...).
+        memory_bytes: memory that training may use, after the operating system's and the engine's own floor.
+        macs_per_second: sustained fp32 multiply-accumulates per second in training.
+        uplink_bytes_per_second, downlink_bytes_per_second: sustained link rates.
+        availability: probability, in (0, 1], that the device answers when a round begins.
+    """
+
+    device_class: str
+    memory_bytes: float
+    macs_per_second: float
+    uplink_bytes_per_second: float
+    downlink_bytes_per_second: float
+    availability: float = 1.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self)[1:]:
+            value = getattr(self, item.name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ConfigError(
+                    f"device class {self.device_class!r}, {item.name}: expected a positive finite number, found {value!r}"
+                )
+        if self.availability > 1:
+            raise ConfigError(
+                f"device class {self.device_class!r}, availability: expected a probability in (0, 1], "
+                f"found {self.availability!r}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with one entry a field."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DeviceProfile:
+        """The inverse of `to_json`; a `ConfigError` names what is missing or not known."""
+        names = {item.name for item in fields(cls)}
+        unknown, missing = sorted(set(value) - names), sorted(names - set(value) - {"availability"})
+        if unknown or missing:
+            raise ConfigError(f"device profile: missing {missing}, unknown {unknown}; expected {sorted(names)}")
+        return cls(**value)

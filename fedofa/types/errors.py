@@ -1,0 +1,37 @@
+"""The errors that fedofa raises on bad input; each message says what, where, expected, found and what to do."""
+
+
+class FedofaError(Exception):
+    """Base of every error that fedofa raises on purpose."""
+
+
+class SpaceError(FedofaError, ValueError):
+    """A subnet configuration lies outside its search space, or belongs to another family."""
+
+
+class ConfigError(FedofaError, ValueError):
+    """A setting is unknown, of the wrong type or contradicts another."""
+
+
+class DatasetError(FedofaError, ValueError):
+    """A dataset is missing, damaged or cannot be partitioned as asked."""
+
+
+class WireError(FedofaError, ValueError):
+    """A packed buffer is truncated, damaged or not one of ours."""
+
+
+class DeltaError(FedofaError, ValueError):
+    """A client's delta failed verification; it never reaches the fold."""
+
+
+class FoldError(FedofaError, ArithmeticError):
+    """Sums would leave the fixed-point range, or two sums do not belong together."""
+
+
+class CheckpointError(FedofaError, ValueError):
+    """A checkpoint is truncated, tampered with or belongs to another run."""
+
+
+class InfeasibilityError(FedofaError, ValueError):
+    """No subnet and plan fit a device's budgets."""
