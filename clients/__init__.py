@@ -1,0 +1,1 @@
+"""The client's side: an ordinary Flower ClientApp over the library."""

@@ -1,0 +1,1 @@
+"""Hydra settings: YAML groups in this folder, dataclass schemas and composition in code."""

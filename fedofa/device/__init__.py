@@ -1,0 +1,1 @@
+"""What a subnet and a plan cost on a device."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
 from fedofa.supernet.slices import SliceMap, build_slice_map
 from fedofa.types.errors import CheckpointError, SpaceError
@@ -55,8 +57,11 @@ class Supernet(nn.Module, ABC):
         self.network = network
         self.kernels = tuple(kernels)
         self.ordering: dict[str, np.ndarray] = {}
-        self._largest = {item.name: item for item in self.parameter_table(space.largest())}
         self._slice_maps: dict[SubnetConfig, SliceMap] = {}
+
+    @cached_property
+    def _largest(self) -> dict[str, ParameterSpec]:
+        return {item.name: item for item in self.parameter_table(self.space.largest())}
 
     @abstractmethod
     def skeleton(self, subnet: SubnetConfig) -> nn.Module:
@@ -65,6 +70,14 @@ class Supernet(nn.Module, ABC):
     @abstractmethod
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
         """The subnet's tensors, in the order of its forward pass."""
+
+    @abstractmethod
+    def block_costs(self, subnet: SubnetConfig) -> tuple[BlockCost, ...]:
+        """What each block of the subnet costs for one example at the subnet's resolution, in forward order."""
+
+    @abstractmethod
+    def resolution(self, subnet: SubnetConfig) -> int | None:
+        """Side in pixels of the square input, or None where the images are taken as they are."""
 
     @abstractmethod
     def description(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.costs import BlockCost, block_costs
 from fedofa.supernet.layers import Network, build_skeleton
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
@@ -189,11 +190,11 @@ class MobileNetV3Supernet(Supernet):
     """
 
     def __init__(self, spec: MobileNetV3Spec, generator: torch.Generator | None = None) -> None:
-        self.spec = spec
         space = spec.search_space()
         network = build_skeleton(spec.network(space, space.largest()))
         _register_matrices(network, spec)
         super().__init__(space, network, spec.kernels)
+        self.spec = spec
         if generator is not None:
             network.to_empty(device=generator.device)
             initialise(network, generator)
@@ -223,6 +224,12 @@ class MobileNetV3Supernet(Supernet):
 
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
         return tuple(self.network_spec(subnet).parameters())
+
+    def block_costs(self, subnet: SubnetConfig) -> tuple[BlockCost, ...]:
+        return block_costs(self.network_spec(subnet))
+
+    def resolution(self, subnet: SubnetConfig) -> int | None:
+        return self.network_spec(subnet).resolution
 
     def description(self) -> dict[str, Any]:
         return {"family": FAMILY, **self.spec.to_json()}

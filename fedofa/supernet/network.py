@@ -5,6 +5,7 @@ One description feeds everything: the torch skeleton (`layers`), the slice map (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +35,11 @@ class ParameterSpec:
     shape: tuple[int, ...]
     groups: tuple[str | None, ...]
     role: str
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +199,10 @@ class NetworkSpec:
         """Every tensor of the network, in the order of its forward pass."""
         for part in (self.stem, *self.blocks, self.final, self.mix):
             yield from part.parameters(self.norm)
+        yield from self.classifier_parameters()
+
+    def classifier_parameters(self) -> Iterator[ParameterSpec]:
+        """The linear classifier's weight and bias."""
         features = self.mix.out_channels
         yield ParameterSpec("classifier.weight", (self.num_classes, features), (None, None), "weight")
         yield ParameterSpec("classifier.bias", (self.num_classes,), (None,), "bias")

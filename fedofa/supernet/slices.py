@@ -116,6 +116,16 @@ class TensorSlice:
             values = delta.reshape(len(delta), size * size)
             sums.add(self.view, (channels, size * size), (self.index[0], slice(None)), values, weight)
 
+    def reach(self, shared: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Boolean mask over the shared tensor: the coordinates that a delta of this slice can change."""
+        reached = np.zeros(self.shared_shape, bool)
+        grid = np.ix_(*(np.arange(size)[item] for item, size in zip(self.index, self.shared_shape, strict=True)))
+        seen = True
+        if self.kernel is not None:
+            seen = (np.abs(self.kernel.operator(shared)).max(axis=0) > 0).reshape(self.shared_shape[1:])
+        reached[grid] = seen
+        return reached
+
     def lift(self, delta: np.ndarray, shared: Mapping[str, np.ndarray]) -> np.ndarray:
         """The minimum-norm float64 change of the shared tensor of which this slice sees `delta`."""
         lifted = np.zeros(self.shared_shape)

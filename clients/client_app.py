@@ -1,0 +1,97 @@
+"""The Flower ClientApp: introduces its client, fine-tunes the subnet it is sent, scores one on its own test data."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.local import local_client
+from clients.records import facts_content, metrics_content, packed_buffer, packed_content
+from clients.state import load_client_state, save_client_state
+from clients.subnets import SubnetCache
+from fedofa.data.federation import Examples
+from fedofa.evaluation.metrics import evaluate
+from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.supernet.base import Supernet
+from fedofa.types.delta import SubnetDelta
+from fedofa.types.errors import DatasetError
+from fedofa.update.exchange import ClientTask, decode_task, encode_delta
+
+app = ClientApp()
+_subnets = SubnetCache()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """State the client's id, device and data size."""
+    client = local_client(context)
+    facts = {
+        "client_id": client.client_id,
+        "profile": client.profile.to_json(),
+        "num_train": len(client.data.train.labels),
+        "num_test": len(client.data.test.labels),
+    }
+    return Message(facts_content(facts), reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Fine-tune the received subnet under its plan and send back what changed."""
+    began = time.perf_counter()
+    client = local_client(context)
+    task, received = decode_task(packed_buffer(message))
+    generator = seed_task(task.seed, client.client_id, task.round)
+    model, supernet = _subnets.load(task, received)
+    inputs, labels = _inputs(client.data.train, task, supernet)
+    result = fine_tune(model, task.plan, received, inputs, labels, LocalTraining(**task.training), generator)
+    delta = SubnetDelta(
+        client_id=client.client_id,
+        round=task.round,
+        subnet=task.subnet,
+        plan_digest=task.plan.digest(),
+        base_version=task.version,
+        num_examples=len(labels),
+        num_steps=result.num_steps,
+        weights=result.weights,
+    )
+    state = load_client_state(context.state, client.client_id)
+    save_client_state(context.state, state.after_round(task.round, result.loss))
+    metrics = {"loss": result.loss, "seconds": time.perf_counter() - began}
+    return Message(packed_content(encode_delta(delta, float_dtype=task.float_dtype), metrics), reply_to=message)
+
+
+@app.evaluate()
+def score(message: Message, context: Context) -> Message:
+    """Score the received subnet on the client's own test examples."""
+    client = local_client(context)
+    task, received = decode_task(packed_buffer(message))
+    model, supernet = _subnets.load(task, received)
+    if not len(client.data.test.labels):
+        raise DatasetError(f"client {client.client_id!r} holds no test examples; raise partition.client_test_fraction")
+    result = evaluate(model, *_inputs(client.data.test, task, supernet))
+    metrics = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
+    return Message(metrics_content(metrics), reply_to=message)
+
+
+def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:
+    """Make a client's task reproducible anywhere: one thread, and all draws from (seed, client id, round).
+
+    Torch's default generator is seeded too, since dropout takes no generator.
+    """
+    torch.set_num_threads(1)
+    material = hashlib.sha256(f"{seed}/{client_id}/{round_number}".encode()).digest()
+    torch.manual_seed(int.from_bytes(material[:8], "little") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(material[8:16], "little") >> 1)
+
+
+def _inputs(examples: Examples, task: ClientTask, supernet: Supernet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples as the subnet takes them, and their labels."""
+    statistics = task.normalisation
+    resolution = supernet.resolution(task.subnet)
+    inputs = prepare_inputs(examples.images, statistics["mean"], statistics["std"], resolution)
+    return inputs, torch.from_numpy(examples.labels)

@@ -1,0 +1,87 @@
+"""One client as its ClientApp sees it: who it is, what device it runs on, what data it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Context
+
+from conf.compose import load_conf
+from conf.schema import SimulateConf
+from fedofa.data.federation import ClientData, FederatedData, load_federation
+from fedofa.data.partition import PartitionSpec
+from fedofa.device.fleet import assign_profiles
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import ConfigError
+
+_FLEET_STREAM = 1
+"""Tells the fleet's random numbers from others that are drawn from the same seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalClient:
+    """A client's identity, device and data. The id is the client's own; it does not change with the runtime."""
+
+    client_id: str
+    profile: DeviceProfile
+    data: ClientData
+
+
+def client_id(partition: int) -> str:
+    """The id of the client that holds a partition of a simulated federation."""
+    return f"client-{partition:04d}"
+
+
+def local_client(context: Context) -> LocalClient:
+    """The client of a simulated federation that this node is, by the node's `partition-id`."""
+    partition = context.node_config.get("partition-id")
+    if not isinstance(partition, int):
+        raise ConfigError(
+            f"node config: expected an integer 'partition-id', found {partition!r}; start the node with "
+            '--node-config "partition-id=0 num-partitions=1"'
+        )
+    conf = load_conf(context.run_config)
+    profiles = fleet_profiles(conf)
+    if partition >= len(profiles):
+        raise ConfigError(f"partition-id {partition} is beyond the fleet of {len(profiles)} clients")
+    return LocalClient(client_id(partition), profiles[partition], federation(conf).client(partition))
+
+
+def federation(conf: SimulateConf) -> FederatedData:
+    """The partitioned data of a run; memory-mapped and cached, so that processes share its pages."""
+    spec = PartitionSpec(
+        kind=conf.partition.kind,
+        num_clients=conf.fleet.num_clients,
+        alpha=conf.partition.alpha,
+        classes_per_client=conf.partition.classes_per_client,
+        min_examples=conf.partition.min_examples,
+        client_test_fraction=conf.partition.client_test_fraction,
+        test_examples=conf.data.test_examples,
+        calibration_examples=conf.data.calibration_examples,
+        seed=conf.seed,
+    )
+    return _federation(conf.data.name, conf.data.path, conf.data.cache_dir, spec)
+
+
+@lru_cache(maxsize=2)
+def _federation(name: str, path: str | None, cache_dir: str, spec: PartitionSpec) -> FederatedData:
+    return load_federation(name, Path(path) if path else None, Path(cache_dir).expanduser(), spec)
+
+
+def fleet_profiles(conf: SimulateConf) -> tuple[DeviceProfile, ...]:
+    """Every simulated client's device, by partition."""
+    classes = tuple(
+        (name, item.share, item.memory_bytes, item.macs_per_second, item.uplink_bytes_per_second,
+         item.downlink_bytes_per_second, item.availability)
+        for name, item in conf.fleet.classes.items()
+    )  # fmt: skip
+    return _fleet_profiles(classes, conf.fleet.num_clients, conf.seed)
+
+
+@lru_cache(maxsize=2)
+def _fleet_profiles(classes: tuple[tuple, ...], num_clients: int, seed: int) -> tuple[DeviceProfile, ...]:
+    named = {name: (share, DeviceProfile(name, *budgets)) for name, share, *budgets in classes}
+    return tuple(assign_profiles(named, num_clients, np.random.default_rng([seed, _FLEET_STREAM])))

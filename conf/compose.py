@@ -1,0 +1,139 @@
+"""From YAML groups and overrides to a checked configuration, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.schema import SUPERNETS, SimulateConf
+from fedofa.types.errors import ConfigError
+
+
+def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
+    """Compose `config.yaml` with Hydra overrides ("rounds=5", "data=cifar10") and check it.
+
+    Raises:
+        ConfigError: naming the key that is unknown or has the wrong type.
+    """
+    try:
+        GlobalHydra.instance().clear()
+        with initialize_config_module("conf", version_base="1.3"):
+            composed = compose("config", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error)) from error
+    return check_conf(composed)
+
+
+def check_conf(composed: DictConfig) -> SimulateConf:
+    """Hold a composed configuration against the schema.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    try:
+        family = OmegaConf.select(composed, "supernet.family")
+        if family not in SUPERNETS:
+            raise ConfigError(f"supernet.family: expected one of {sorted(SUPERNETS)}, found {family!r}")
+        supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.")
+        rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("supernet", "hydra")])
+        checked = _merged(SimulateConf, rest, "")
+        missing = sorted({*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))})
+        missing.remove("supernet")
+        if missing:
+            raise ConfigError(f"settings without a value: {', '.join(missing)}; give them as key=value")
+        checked.supernet = OmegaConf.to_container(supernet, resolve=True)
+        return cast(SimulateConf, OmegaConf.to_object(checked))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from error
+
+
+def _merged(schema: type, given: Any, prefix: str) -> DictConfig:
+    structured = OmegaConf.structured(schema)
+    try:
+        return cast(DictConfig, OmegaConf.merge(structured, given))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error, prefix)) from error
+
+
+def explain(error: Exception, prefix: str = "") -> str:
+    """One line out of Hydra's or OmegaConf's error: the key, what was found, and the closest known key or option."""
+    cause = error
+    while cause.__cause__ is not None and isinstance(cause.__cause__, OmegaConfBaseException):
+        cause = cast(Exception, cause.__cause__)
+    text = str(error).strip()
+    key = getattr(cause, "full_key", None) or _first(r"[Kk]ey '([^']+)'", text) or _first(r"full_key: (\S+)", text)
+    reason = str(cause).strip().splitlines()[0]
+    group = re.search(r"Could not find '([^']+)'", text)
+    if group:
+        options = _first(r"(?s)Available options in '[^']+':\n(.*?)(?:\n\S|$)", text) or ""
+        return f"{group[1]}: no such option; available: {', '.join(options.split())}"
+    if key is None:
+        return reason
+    unknown = "not in struct" in text or "not in '" in text
+    hint = _closest(key) if unknown else ""
+    return f"{prefix}{key}: {'unknown setting' if unknown else reason}{hint}"
+
+
+def _first(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text)
+    return match[1] if match else None
+
+
+def _closest(key: str) -> str:
+    close = difflib.get_close_matches(key, sorted(known_keys()), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "; see `fedofa simulate --help` for all of them"
+
+
+@lru_cache(maxsize=1)
+def known_keys() -> frozenset[str]:
+    """Every dotted key of the schema."""
+    keys = set(_dotted(OmegaConf.structured(SimulateConf), ""))
+    for schema in SUPERNETS.values():
+        keys |= set(_dotted(OmegaConf.structured(schema), "supernet."))
+    return frozenset(keys)
+
+
+def _dotted(node: Any, prefix: str) -> Iterable[str]:
+    for key in node:
+        yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            yield from _dotted(node[key], f"{prefix}{key}.")
+    if not prefix:
+        for group in ("data", "partition", "fleet", "finetune", "aggregation", "runtime", "evaluation"):
+            schema = SimulateConf.__dataclass_fields__[group].type
+            yield from _dotted(OmegaConf.structured(globals_of_schema()[str(schema)]), f"{group}.")
+
+
+def globals_of_schema() -> Mapping[str, type]:
+    """Schema classes by name."""
+    import conf.schema as schema
+
+    return {name: item for name, item in vars(schema).items() if isinstance(item, type)}
+
+
+def encode_conf(conf: SimulateConf) -> str:
+    """The configuration as a JSON string, the form in which it travels in Flower's run config (scalars only)."""
+    return json.dumps(OmegaConf.to_container(OmegaConf.structured(conf), resolve=True), sort_keys=True)
+
+
+def load_conf(run_config: Mapping[str, Any]) -> SimulateConf:
+    """The configuration of a Flower app from its run config: `config` (JSON), else `overrides` (one string)."""
+    return _load_conf(str(run_config.get("config", "")), str(run_config.get("overrides", "")))
+
+
+@lru_cache(maxsize=4)
+def _load_conf(config: str, overrides: str) -> SimulateConf:
+    if config:
+        return check_conf(OmegaConf.create(json.loads(config)))
+    return compose_conf(shlex.split(overrides))

@@ -1,0 +1,163 @@
+"""The settings of a run as dataclasses: every key, its type and its meaning. The defaults are in the YAML groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class DataConf:
+    """Where the images come from."""
+
+    name: str = MISSING  # "mnist5k" | "cifar10"
+    path: str | None = None  # of the file, for sources that have one
+    cache_dir: str = MISSING  # decoded images and partitions are kept here
+    test_examples: int = MISSING  # size of the stratified global test set
+    calibration_examples: int = MISSING  # held by the server, for batch-norm statistics; needed with norm: batch
+
+
+@dataclass
+class PartitionConf:
+    """How the training examples are split among clients."""
+
+    kind: str = MISSING  # "iid" | "dirichlet" | "pathological"
+    alpha: float = MISSING  # concentration of the Dirichlet distribution; smaller is more skewed
+    classes_per_client: int = MISSING  # of the pathological partition
+    min_examples: int = MISSING  # that every client gets at the least
+    client_test_fraction: float = MISSING  # of a client's examples, kept for its own test
+
+
+@dataclass
+class DeviceClassConf:
+    """A kind of device: its share of the fleet and its budgets (see fedofa.types.device)."""
+
+    share: float = MISSING
+    memory_bytes: float = MISSING
+    macs_per_second: float = MISSING
+    uplink_bytes_per_second: float = MISSING
+    downlink_bytes_per_second: float = MISSING
+    availability: float = 1.0
+
+
+@dataclass
+class FleetConf:
+    """Who takes part."""
+
+    num_clients: int = MISSING
+    clients_per_round: int = MISSING
+    round_seconds: float = MISSING  # a device's budget for download, training and upload in one round
+    max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory
+    reply_seconds: float = MISSING  # real time after which a silent client is given up
+    classes: dict[str, DeviceClassConf] = MISSING
+
+
+@dataclass
+class StageConf:
+    """One elastic stage of a MobileNetV3 space."""
+
+    width: int = MISSING
+    stride: int = MISSING
+    activation: str = MISSING
+    squeeze_excite: bool = MISSING
+
+
+@dataclass
+class MobileNetV3Conf:
+    """Sizes of a MobileNetV3 space; image channels and classes come from the data."""
+
+    family: str = "mobilenet_v3"
+    stem_width: int = MISSING
+    stem_stride: int = MISSING
+    first_width: int = MISSING
+    first_stride: int = MISSING
+    stages: list[StageConf] = MISSING
+    final_width: int = MISSING
+    feature_width: int = MISSING
+    kernels: list[int] = MISSING
+    expands: list[float] = MISSING
+    depths: list[int] = MISSING
+    resolutions: list[int] = MISSING
+    norm: str = MISSING  # "group" | "batch"
+    norm_eps: float = MISSING
+    dropout: float = MISSING
+
+
+@dataclass
+class FixedConf:
+    """One network for every client."""
+
+    family: str = "fixed"
+    module: str = MISSING  # a name in fedofa.supernet.families.MODULES
+
+
+SUPERNETS: dict[str, type] = {"mobilenet_v3": MobileNetV3Conf, "fixed": FixedConf}
+
+
+@dataclass
+class FinetuneConf:
+    """How clients train (see fedofa.finetune)."""
+
+    plans: list[str] = MISSING  # in order of preference: "full", "last_blocks(k)", "bias", "head"
+    recompute: str = MISSING  # gradient checkpointing: "auto" where it buys a larger subnet | "never" | "always"
+    statistics: str = MISSING  # batch norm: "batch" | "frozen"
+    optimiser: str = MISSING  # "sgd" | "adamw"
+    learning_rate: float = MISSING
+    momentum: float = MISSING
+    weight_decay: float = MISSING
+    epochs: int = MISSING
+    max_steps: int = MISSING  # optimiser steps instead of epochs; 0: epochs
+    batch_size: int = MISSING
+    label_smoothing: float = MISSING
+    proximal_mu: float = MISSING
+    max_gradient_norm: float = MISSING
+
+
+@dataclass
+class AggregationConf:
+    """The server's step after the fold, and the precision on the wire."""
+
+    optimiser: str = MISSING  # "plain" | "momentum" | "adam" | "yogi"
+    learning_rate: float = MISSING
+    beta: float = MISSING
+    beta2: float = MISSING
+    epsilon: float = MISSING
+    float_dtype: str = MISSING  # "float32" | "float16" | "bfloat16"
+
+
+@dataclass
+class RuntimeConf:
+    """What runs the clients."""
+
+    name: str = MISSING  # "in_process"
+    num_workers: int = MISSING  # 0: one a core
+
+
+@dataclass
+class EvaluationConf:
+    """When and what the server scores on the global test set."""
+
+    every: int = MISSING  # rounds between evaluations; the last round is always evaluated
+    clients: bool = MISSING  # score every client's own test split at the end, on the client
+    comparison: bool = MISSING  # run FedAvg on the one subnet that the weakest device can train, beside it
+
+
+@dataclass
+class SimulateConf:
+    """Everything that `fedofa simulate` needs."""
+
+    rounds: int = MISSING
+    seed: int = MISSING
+    resume: bool = MISSING  # go on from the newest checkpoint in output_dir
+    resume_round: int | None = None  # go on from this round's checkpoint instead
+    output_dir: str = MISSING
+    data: DataConf = MISSING
+    partition: PartitionConf = MISSING
+    fleet: FleetConf = MISSING
+    supernet: Any = MISSING  # MobileNetV3Conf | FixedConf, by its `family`
+    finetune: FinetuneConf = MISSING
+    aggregation: AggregationConf = MISSING
+    runtime: RuntimeConf = MISSING
+    evaluation: EvaluationConf = MISSING

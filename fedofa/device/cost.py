@@ -1,0 +1,141 @@
+"""What one round costs a device: memory, time and bytes of a subnet trained under a plan.
+
+`AnalyticCostModel` counts; models that measure the target replace it behind the same interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from fedofa.supernet.costs import BlockCost
+from fedofa.types.device import DeviceProfile
+from fedofa.types.plan import FineTunePlan
+
+_BYTES = 4
+_BACKWARD_PASSES = 2
+"""A backward pass through a layer costs twice its forward pass: one product for the input, one for the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWork:
+    """What a device does in one round.
+
+    Args:
+        num_examples: in its training set.
+        num_samples: examples drawn over all its steps (examples times epochs, or steps times batch size).
+        batch_size: examples a step.
+        optimiser_slots: values that the optimiser keeps a trainable parameter (1 for SGD with momentum, 2 for AdamW).
+        wire_bytes: bytes a value on the wire.
+    """
+
+    num_examples: int
+    num_samples: int
+    batch_size: int
+    optimiser_slots: int = 1
+    wire_bytes: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RoundCost:
+    """The cost of one round on one device.
+
+    Args:
+        macs: of one forward pass of one example.
+        num_parameters: of the subnet.
+        training_bytes: peak memory of training above the engine's floor.
+        download_bytes, upload_bytes: payload and delta.
+        download_seconds, compute_seconds, upload_seconds: parts of the round.
+    """
+
+    macs: int
+    num_parameters: int
+    training_bytes: int
+    download_bytes: int
+    upload_bytes: int
+    download_seconds: float
+    compute_seconds: float
+    upload_seconds: float
+
+    @property
+    def round_seconds(self) -> float:
+        """Download, train, upload, one after the other."""
+        return self.download_seconds + self.compute_seconds + self.upload_seconds
+
+    @property
+    def longest_part(self) -> str:
+        """The part of the round that takes the longest: "downlink", "compute" or "uplink"."""
+        parts = {"downlink": self.download_seconds, "compute": self.compute_seconds, "uplink": self.upload_seconds}
+        return max(parts, key=lambda part: parts[part])
+
+
+class CostModel(ABC):
+    """Prices a subnet and a plan on a device."""
+
+    @abstractmethod
+    def cost(
+        self, blocks: Sequence[BlockCost], plan: FineTunePlan, profile: DeviceProfile, work: LocalWork
+    ) -> RoundCost:
+        """The cost of one round; `blocks` are the subnet's, in forward order."""
+
+
+@final
+class AnalyticCostModel(CostModel):
+    """Counts from the blocks' shapes: stock autograd's saved bytes, three passes of MACs, bytes over link rates."""
+
+    def cost(
+        self, blocks: Sequence[BlockCost], plan: FineTunePlan, profile: DeviceProfile, work: LocalWork
+    ) -> RoundCost:
+        names = set(plan.trainable)
+        trained = sum(item.numel for block in blocks for item in block.parameters if item.name in names)
+        parameters = sum(block.num_parameters for block in blocks)
+        macs = sum(block.macs for block in blocks)
+        download, upload = parameters * work.wire_bytes, trained * work.wire_bytes
+        passes = macs + self._backward_macs(blocks, names, plan)
+        return RoundCost(
+            macs=macs,
+            num_parameters=parameters,
+            training_bytes=self._training_bytes(blocks, names, plan, work, parameters, trained),
+            download_bytes=download,
+            upload_bytes=upload,
+            download_seconds=download / profile.downlink_bytes_per_second,
+            compute_seconds=passes * work.num_samples / profile.macs_per_second,
+            upload_seconds=upload / profile.uplink_bytes_per_second,
+        )
+
+    def _backward_macs(self, blocks: Sequence[BlockCost], names: set[str], plan: FineTunePlan) -> int:
+        """MACs of one example's backward pass; a recomputed block runs forward once more."""
+        again = set(plan.recompute)
+        backward = _from_first_trained(blocks, names)
+        return sum(block.macs * (_BACKWARD_PASSES + (block.name in again)) for block in backward)
+
+    def _training_bytes(
+        self,
+        blocks: Sequence[BlockCost],
+        names: set[str],
+        plan: FineTunePlan,
+        work: LocalWork,
+        parameters: int,
+        trained: int,
+    ) -> int:
+        """Weights, the received copy, gradients, optimiser state, kept activations and the widest forward temporary.
+
+        A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
+        """
+        again = set(plan.recompute)
+        backward = _from_first_trained(blocks, names)
+        kept = sum(block.input_elements if block.name in again else block.saved_elements for block in backward)
+        kept += max((block.saved_elements for block in backward if block.name in again), default=0)
+        temporary = 2 * max(block.widest_elements for block in blocks)
+        values = 2 * parameters + trained * (1 + work.optimiser_slots)
+        batch = min(work.batch_size, max(work.num_examples, 1))
+        return _BYTES * (values + batch * (kept + temporary))
+
+
+def _from_first_trained(blocks: Sequence[BlockCost], names: set[str]) -> Sequence[BlockCost]:
+    for start, block in enumerate(blocks):
+        if any(item.name in names for item in block.parameters):
+            return blocks[start:]
+    return ()

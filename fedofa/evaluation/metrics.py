@@ -1,0 +1,35 @@
+"""Accuracy and loss of a module on a set of examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Top-1 accuracy in [0, 1], mean cross-entropy in nats, and the number of examples behind both."""
+
+    accuracy: float
+    loss: float
+    num_examples: int
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 250) -> Score:
+    """Score a module in evaluation mode.
+
+    Args:
+        inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
+        labels: `(num_examples,)`, int64.
+    """
+    model.eval()
+    correct, loss = 0, 0.0
+    for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+        logits = model(x)
+        correct += int((logits.argmax(1) == y).sum())
+        loss += float(functional.cross_entropy(logits, y, reduction="sum"))
+    return Score(correct / len(labels), loss / len(labels), len(labels))

@@ -1,0 +1,60 @@
+"""The seam between a plan and the layers: puts a plan onto a plain module for the time of a training run.
+
+The model does not know of plans. Here its parameters are frozen or freed, its norms put into their mode and its blocks
+checkpointed; memory-lean operations are to be swapped in at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
+
+
+@contextmanager
+def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]]:
+    """Within the context the model trains as the plan says; afterwards every block computes as before.
+
+    Yields:
+        The trainable parameters, in the plan's order.
+
+    Raises:
+        ConfigError: when the plan names a parameter or block that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = [name for name in plan.trainable if name not in parameters]
+    if unknown:
+        raise ConfigError(f"plan {plan.name!r} trains {unknown[:3]}, which this subnet does not have")
+    trainable = set(plan.trainable)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trainable)
+        parameter.grad = None
+    model.train().to(memory_format=torch.channels_last)  # depthwise convolutions are about twice as fast in it
+    if plan.statistics == "frozen":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    checkpointed = [_checkpoint_block(model, name, plan) for name in plan.recompute]
+    try:
+        yield [parameters[name] for name in plan.trainable]
+    finally:
+        for block in checkpointed:
+            del block.forward  # the instance's override; the class's forward shows again
+
+
+def _checkpoint_block(model: nn.Module, name: str, plan: FineTunePlan) -> nn.Module:
+    """Recompute one block's activations in the backward pass; `torch.utils.checkpoint` restores the random state."""
+    try:
+        block = model.get_submodule(name)
+    except AttributeError:
+        raise ConfigError(f"plan {plan.name!r} recomputes {name!r}, which this subnet does not have") from None
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return block

@@ -1,0 +1,83 @@
+"""Fine-tuning plans by name: from "what should train" to the exact parameters of one subnet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fedofa.supernet.costs import BlockCost
+from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
+
+KINDS = ("full", "last_blocks(k)", "head", "bias")
+
+_LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
+
+
+def build_plan(
+    name: str, blocks: Sequence[BlockCost], *, recompute: bool = False, statistics: str = "batch"
+) -> FineTunePlan:
+    """The plan of that name for one subnet.
+
+    Args:
+        name: "full"; "last_blocks(k)": the last k elastic blocks and all after them; "head": the last block only;
+            "bias": every bias (of norms too) and the head, after TinyTL (arXiv 2007.11622).
+        blocks: the subnet's blocks, in forward order.
+        recompute: checkpoint every elastic block that lies in the backward pass: keep its input only.
+        statistics: batch norm's mode, "batch" or "frozen".
+
+    Raises:
+        ConfigError: for an unknown plan or more blocks than the subnet has.
+    """
+    if statistics not in ("batch", "frozen"):
+        raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
+    trainable = set(_trainable(name, blocks))
+    ordered = tuple(item.name for block in blocks for item in block.parameters if item.name in trainable)
+    checkpointed = ()
+    if recompute:
+        checkpointed = tuple(block.name for block in in_backward(blocks, ordered) if is_elastic(block))
+    return FineTunePlan(name, ordered, checkpointed, statistics)
+
+
+def is_elastic(block: BlockCost) -> bool:
+    """Whether the block is one of the repeated ones, not stem or head."""
+    return block.name.startswith("stages.")
+
+
+def in_backward(blocks: Sequence[BlockCost], trainable: Sequence[str]) -> Sequence[BlockCost]:
+    """The blocks that gradients pass through: from the first that trains anything to the end."""
+    names = set(trainable)
+    for start, block in enumerate(blocks):
+        if any(item.name in names for item in block.parameters):
+            return blocks[start:]
+    return ()
+
+
+def _trainable(name: str, blocks: Sequence[BlockCost]) -> list[str]:
+    head = [item.name for item in _parametrised(blocks)[-1].parameters]
+    match = _LAST_BLOCKS.fullmatch(name.replace(" ", ""))
+    if name == "full":
+        return [item.name for block in blocks for item in block.parameters]
+    if name == "head":
+        return head
+    if name == "bias":
+        biases = [item.name for block in blocks for item in block.parameters if item.name.endswith(".bias")]
+        return biases + head
+    if match:
+        return _last_blocks(int(match[1]), blocks)
+    raise ConfigError(f"finetune.plan: unknown plan {name!r}; known: {', '.join(KINDS)}")
+
+
+def _last_blocks(count: int, blocks: Sequence[BlockCost]) -> list[str]:
+    candidates = [block for block in blocks if is_elastic(block)] or list(_parametrised(blocks))
+    if not 1 <= count <= len(candidates):
+        raise ConfigError(
+            f"finetune.plan: last_blocks({count}) on a subnet of {len(candidates)} blocks; "
+            f"expected 1 to {len(candidates)}, or use 'full'"
+        )
+    start = blocks.index(candidates[-count])
+    return [item.name for block in blocks[start:] for item in block.parameters]
+
+
+def _parametrised(blocks: Sequence[BlockCost]) -> list[BlockCost]:
+    return [block for block in blocks if block.parameters]

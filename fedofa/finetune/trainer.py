@@ -1,0 +1,146 @@
+"""Local fine-tuning of one subnet on one client's examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedofa.finetune.engine import planned
+from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
+
+OPTIMISERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTraining:
+    """How a client trains in one round; the same for the whole fleet.
+
+    Args:
+        optimiser: "sgd" or "adamw".
+        learning_rate, momentum, weight_decay: of the optimiser (momentum for SGD only).
+        epochs: passes over the client's examples, used where `max_steps` is 0.
+        max_steps: optimiser steps instead of epochs; 0 for epochs.
+        batch_size: examples a step.
+        label_smoothing: share of the target spread over all classes.
+        proximal_mu: FedProx term mu/2 |w - received|^2 (arXiv 1812.06127, equation 2).
+        max_gradient_norm: gradients are scaled down to this L2 norm; 0 leaves them as they are.
+    """
+
+    optimiser: str = "sgd"
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    epochs: int = 1
+    max_steps: int = 0
+    batch_size: int = 16
+    label_smoothing: float = 0.0
+    proximal_mu: float = 0.0
+    max_gradient_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in OPTIMISERS:
+            raise ConfigError(f"finetune.optimiser: expected one of {list(OPTIMISERS)}, found {self.optimiser!r}")
+        for name, least in (("learning_rate", 0.0), ("weight_decay", 0.0), ("proximal_mu", 0.0), ("epochs", 1),
+                            ("max_steps", 0), ("batch_size", 1), ("max_gradient_norm", 0.0)):  # fmt: skip
+            value = getattr(self, name)
+            if not value >= least or math.isinf(value):
+                raise ConfigError(f"finetune.{name}: expected at least {least}, found {value!r}")
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"finetune.{name}: expected a number in [0, 1), found {getattr(self, name)!r}")
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimiser steps on that many examples."""
+        return self.max_steps or self.epochs * len(list(_batch_bounds(num_examples, self.batch_size)))
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneResult:
+    """Trained minus received for every trainable parameter (float32, by name), steps taken and the mean loss."""
+
+    weights: dict[str, np.ndarray]
+    num_steps: int
+    loss: float
+
+
+def fine_tune(
+    model: nn.Module,
+    plan: FineTunePlan,
+    received: Mapping[str, np.ndarray],
+    inputs: Tensor,
+    labels: Tensor,
+    training: LocalTraining,
+    generator: torch.Generator,
+) -> FineTuneResult:
+    """Train the model in place as the plan says.
+
+    Args:
+        model: the subnet, holding the received weights.
+        plan: what trains and how.
+        received: the weights as they came, by name; the delta is taken against them.
+        inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
+        labels: `(num_examples,)`, int64.
+        training: the recipe.
+        generator: draws the batches' order. Dropout draws from torch's default generator, which the caller seeds.
+    """
+    losses = []
+    inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+    with planned(model, plan) as parameters:
+        optimiser = _build_optimiser(parameters, training)
+        anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
+        for batch in _batches(len(labels), training, generator):
+            optimiser.zero_grad(set_to_none=True)
+            logits = model(inputs[batch])
+            loss = functional.cross_entropy(logits, labels[batch], label_smoothing=training.label_smoothing)
+            loss.backward()
+            _add_proximal_gradient(parameters, anchors, training.proximal_mu)
+            if training.max_gradient_norm:
+                nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+            optimiser.step()
+            losses.append(loss.detach())
+    weights = {
+        name: parameter.detach().cpu().numpy() - received[name]
+        for name, parameter in zip(plan.trainable, parameters, strict=True)
+    }
+    mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
+    return FineTuneResult(weights, len(losses), mean_loss)
+
+
+def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> torch.optim.Optimizer:
+    if training.optimiser == "adamw":
+        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    return torch.optim.SGD(
+        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+    )
+
+
+def _add_proximal_gradient(parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor], mu: float) -> None:
+    for parameter, anchor in zip(parameters, anchors, strict=False):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - anchor, alpha=mu)
+
+
+def _batches(num_examples: int, training: LocalTraining, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors, a fresh order every epoch, until the epochs or steps are done."""
+    left = training.num_steps(num_examples)
+    while left:
+        order = torch.randperm(num_examples, generator=generator)
+        for start, end in _batch_bounds(num_examples, training.batch_size):
+            if left:
+                left -= 1
+                yield order[start:end]
+
+
+def _batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the batches; a last batch of one joins the one before it, since batch norm cannot train on one."""
+    starts = list(range(0, num_examples, batch_size))
+    if len(starts) > 1 and num_examples - starts[-1] == 1:
+        starts.pop()
+    return zip(starts, [*starts[1:], num_examples], strict=True)

@@ -1,0 +1,174 @@
+"""The best subnet and plan that fit a device's budgets.
+
+"Best" is a value of the subnet that the caller chooses; without an accuracy predictor, `capacity` stands in. The search
+takes the best feasible uniform subnet (one value an axis) and climbs from it, one position and one step at a time, until
+every move up breaks a budget: seconds of counting, no training, and the same result every time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedofa.device.cost import CostModel, LocalWork, RoundCost
+from fedofa.supernet.costs import BlockCost
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import InfeasibilityError
+from fedofa.types.plan import FineTunePlan
+from fedofa.types.space import SearchSpace, SubnetConfig
+
+Blocks = Callable[[SubnetConfig], Sequence[BlockCost]]
+PlanOf = Callable[[Sequence[BlockCost]], FineTunePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a round may cost a device: memory above the engine's floor, and seconds for download, training and upload."""
+
+    memory_bytes: float
+    round_seconds: float
+
+    def exceeded(self, cost: RoundCost) -> dict[str, float]:
+        """Budget name -> by which factor the cost exceeds it; empty when it fits. Time is named by its longest part."""
+        over = {}
+        if cost.training_bytes > self.memory_bytes:
+            over["memory"] = cost.training_bytes / self.memory_bytes
+        if cost.round_seconds > self.round_seconds:
+            over[f"round time ({cost.longest_part})"] = cost.round_seconds / self.round_seconds
+        return over
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A device's subnet and plan, their cost, and the budget that keeps the subnet from being larger.
+
+    `binding` is "memory", "round time (compute)" and the like, or "none" where the largest subnet fits.
+    """
+
+    subnet: SubnetConfig
+    plan: FineTunePlan
+    cost: RoundCost
+    binding: str
+
+
+def capacity(cost: RoundCost) -> float:
+    """A stand-in for accuracy: log MACs plus log parameters, so that neither depth nor width nor resolution is ignored."""
+    return math.log(max(cost.macs, 1)) + math.log(max(cost.num_parameters, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class FitSearch:
+    """Finds the best subnet of a space for devices.
+
+    Args:
+        space: the search space.
+        blocks: gives the block costs of a subnet.
+        plans: the plans a device may use, the preferred first: a later one serves only where no subnet fits the earlier
+            ones. Each entry is a group of equally good plans (with and without recomputation).
+        cost_model: prices a subnet under a plan.
+    """
+
+    space: SearchSpace
+    blocks: Blocks
+    plans: Sequence[Sequence[PlanOf]]
+    cost_model: CostModel
+
+    def best_fit(self, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit:
+        """The best subnet and plan within the budgets.
+
+        Raises:
+            InfeasibilityError: naming the budgets that even the smallest subnet breaks, and by how much.
+        """
+        closest: tuple[float, str] | None = None
+        for group in self.plans:
+            fits = []
+            for plan_of in group:
+                pricing = _Pricing(self, plan_of, profile, work, budgets)
+                start = pricing.best_uniform()
+                if start is not None:
+                    fits.append(pricing.climb(start))
+                else:
+                    closest = min(filter(None, (closest, pricing.miss())))
+            if fits:
+                return max(fits, key=lambda fit: capacity(fit.cost))  # the first of equals: without recomputation
+        raise InfeasibilityError(
+            f"no subnet of {self.space.family!r} fits a {profile.device_class!r} device: "
+            f"{closest[1] if closest else 'no plan was given'}"
+        )
+
+    def fit_of(self, subnet: SubnetConfig, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit | None:
+        """The given subnet under the first plan that fits, or None."""
+        for plan_of in itertools.chain.from_iterable(self.plans):
+            pricing = _Pricing(self, plan_of, profile, work, budgets)
+            cost = pricing.cost(subnet)
+            if not budgets.exceeded(cost):
+                return Fit(subnet, plan_of(self.blocks(subnet)), cost, "chosen")
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pricing:
+    """One device and one plan: prices subnets and compares them."""
+
+    search: FitSearch
+    plan_of: PlanOf
+    profile: DeviceProfile
+    work: LocalWork
+    budgets: Budgets
+
+    def cost(self, subnet: SubnetConfig) -> RoundCost:
+        blocks = self.search.blocks(subnet)
+        return self.search.cost_model.cost(blocks, self.plan_of(blocks), self.profile, self.work)
+
+    def best_uniform(self) -> SubnetConfig | None:
+        """The most capable feasible subnet with one value an axis."""
+        priced = ((subnet, self.cost(subnet)) for subnet in uniform_subnets(self.search.space))
+        feasible = [(capacity(cost), subnet) for subnet, cost in priced if not self.budgets.exceeded(cost)]
+        return max(feasible, key=lambda item: (item[0], item[1].choices))[1] if feasible else None
+
+    def climb(self, subnet: SubnetConfig) -> Fit:
+        """Take the feasible neighbour of most capacity until none is better; then say what stops the others."""
+        cost = self.cost(subnet)
+        while True:
+            better, blocked = [], Counter()
+            for neighbour in self.search.space.neighbours(subnet, np.random.default_rng(0)):
+                priced = self.cost(neighbour)
+                if capacity(priced) > capacity(cost):
+                    over = self.budgets.exceeded(priced)
+                    blocked.update(over)
+                    if not over:
+                        better.append((capacity(priced), neighbour.choices, neighbour, priced))
+            if not better:
+                binding = blocked.most_common(1)[0][0] if blocked else "none"
+                return Fit(subnet, self.plan_of(self.search.blocks(subnet)), cost, binding)
+            _, _, subnet, cost = max(better, key=lambda item: item[:2])
+
+    def miss(self) -> tuple[float, str]:
+        """How far the smallest subnet is from fitting: the worst factor, and in words."""
+        smallest = self.search.space.smallest()
+        cost = self.cost(smallest)
+        over = self.budgets.exceeded(cost) or {"every uniform subnet": 1.0}
+        needs = {
+            "memory": f"{cost.training_bytes:,} bytes of memory, has {self.budgets.memory_bytes:,.0f}",
+            "round time": f"{cost.round_seconds:.1f} s a round, may take {self.budgets.round_seconds:.1f} s",
+        }
+        words = "; ".join(
+            f"{name} is exceeded {factor:.2f} times (needs {needs.get(name.split(' (')[0], '')})"
+            for name, factor in over.items()
+        )
+        return max(over.values()), f"even the smallest, under plan {self.plan_of(self.search.blocks(smallest)).name!r}: {words}"
+
+
+def uniform_subnets(space: SearchSpace) -> Iterator[SubnetConfig]:
+    """Every subnet with one value an axis, without repeats."""
+    seen = set()
+    for values in itertools.product(*(axis.values for axis in space.axes)):
+        subnet = space.subnet(**dict(zip((axis.name for axis in space.axes), values, strict=True)))
+        if subnet not in seen:
+            seen.add(subnet)
+            yield subnet

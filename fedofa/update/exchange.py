@@ -1,0 +1,110 @@
+"""What crosses the wire between server and client, on top of the packed codec: tasks down, deltas up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedofa.types.delta import SubnetDelta
+from fedofa.types.errors import FedofaError, WireError
+from fedofa.types.plan import FineTunePlan
+from fedofa.types.space import SubnetConfig
+from fedofa.update.codec import decode_packed, encode_packed
+
+_TASK, _DELTA, _WEIGHTS = "task", "delta", "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTask:
+    """What a client is asked to do with a subnet: the same bytes for every client that gets the same subnet.
+
+    Args:
+        round: the server's round, from 1.
+        version: of the shared state that the weights come from.
+        subnet, plan: what to train and how.
+        supernet: description of the supernet's structure (`Supernet.description`).
+        training: the settings of `LocalTraining`.
+        normalisation: per-channel "mean" and "std" of pixels in [0, 1].
+        seed: of the run; with round and client id it seeds the client's draws.
+        float_dtype: how the delta's values travel: "float32", "float16" or "bfloat16".
+    """
+
+    round: int
+    version: int
+    subnet: SubnetConfig
+    plan: FineTunePlan
+    supernet: Mapping[str, Any]
+    training: Mapping[str, Any]
+    normalisation: Mapping[str, list[float]]
+    seed: int
+    float_dtype: str = "float32"
+
+
+def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
+    """Pack a task and the subnet's tensors, which travel in the task's `float_dtype` too."""
+    header = {
+        "round": task.round,
+        "version": task.version,
+        "subnet": task.subnet.to_json(),
+        "plan": task.plan.to_json(),
+        "supernet": dict(task.supernet),
+        "training": dict(task.training),
+        "normalisation": dict(task.normalisation),
+        "seed": task.seed,
+        "float_dtype": task.float_dtype,
+    }
+    return encode_packed(_TASK, header, {_WEIGHTS: tensors}, float_dtype=task.float_dtype)
+
+
+def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np.ndarray]]:
+    """Unpack a task and the received tensors (read-only float32 views of the buffer where it holds float32).
+
+    Raises:
+        WireError: when the buffer is damaged or not a task.
+    """
+    packed = decode_packed(buffer, kind=_TASK)
+    header = dict(packed.header)
+    try:
+        header["subnet"] = SubnetConfig.from_json(header["subnet"])
+        header["plan"] = FineTunePlan.from_json(header["plan"])
+        return ClientTask(**header), packed.streams.get(_WEIGHTS, {})
+    except (KeyError, TypeError, FedofaError) as error:
+        raise WireError(f"the task's header is not understood: {error}; do server and client run the same release?") from error
+
+
+def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
+    """Pack a client's delta."""
+    header = {
+        "client_id": delta.client_id,
+        "round": delta.round,
+        "subnet": delta.subnet.to_json(),
+        "plan_digest": delta.plan_digest,
+        "base_version": delta.base_version,
+        "num_examples": delta.num_examples,
+        "num_steps": delta.num_steps,
+    }
+    return encode_packed(_DELTA, header, {_WEIGHTS: delta.weights}, float_dtype=float_dtype)
+
+
+def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
+    """Unpack a client's delta; only its form is checked here, its content by `verification`.
+
+    Raises:
+        WireError: when the buffer is damaged or not a delta.
+    """
+    packed = decode_packed(buffer, kind=_DELTA)
+    header = dict(packed.header)
+    try:
+        subnet = SubnetConfig.from_json(header.pop("subnet"))
+        delta = SubnetDelta(subnet=subnet, weights=packed.streams.get(_WEIGHTS, {}), **header)
+    except (KeyError, TypeError, FedofaError) as error:
+        raise WireError(f"the delta's header is not understood: {error}") from error
+    for name, kind in (("client_id", str), ("plan_digest", str), ("round", int), ("base_version", int),
+                       ("num_examples", int), ("num_steps", int)):  # fmt: skip
+        value = getattr(delta, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise WireError(f"the delta's {name}: expected {kind.__name__}, found {value!r:.80}")
+    return delta

@@ -1,0 +1,91 @@
+"""Verification: a delta is folded only when it is exactly what this client was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedofa.supernet.slices import SliceMap
+from fedofa.supernet.sums import MAX_TERM
+from fedofa.types.delta import SubnetDelta
+from fedofa.types.errors import DeltaError
+from fedofa.types.plan import FineTunePlan
+from fedofa.types.space import SubnetConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What the server asked one client for.
+
+    Args:
+        num_examples: as the client stated when it introduced itself; its weight in the fold may not change later.
+        slice_map: of the subnet, for the shapes.
+    """
+
+    client_id: str
+    round: int
+    version: int
+    subnet: SubnetConfig
+    plan: FineTunePlan
+    num_examples: int
+    slice_map: SliceMap
+
+
+def verify_delta(delta: SubnetDelta, expected: Expectation) -> None:
+    """Refuse a delta that differs from what was asked for, or that holds values no training gives.
+
+    Raises:
+        DeltaError: naming the client, the field or parameter, what was expected and what was found.
+    """
+    for name, wanted, found in (
+        ("client id", expected.client_id, delta.client_id),
+        ("round", expected.round, delta.round),
+        ("base version", expected.version, delta.base_version),
+        ("subnet", expected.subnet.digest(), delta.subnet.digest()),
+        ("plan", expected.plan.digest(), delta.plan_digest),
+        ("number of examples", expected.num_examples, delta.num_examples),
+    ):
+        if wanted != found:
+            raise _refusal(expected, f"{name}: expected {wanted!r}, found {found!r}")
+    if delta.num_steps < 1:
+        raise _refusal(expected, f"number of steps: expected at least 1, found {delta.num_steps}")
+    _verify_names(delta, expected)
+    for name in expected.plan.trainable:
+        _verify_values(name, delta.weights[name], expected)
+
+
+def _verify_names(delta: SubnetDelta, expected: Expectation) -> None:
+    wanted, found = set(expected.plan.trainable), set(delta.weights)
+    if wanted != found:
+        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+        raise _refusal(
+            expected,
+            f"parameters: expected the plan's {len(wanted)}; missing {len(missing)} {missing[:3]}, "
+            f"unknown {len(unknown)} {unknown[:3]}",
+        )
+
+
+def _verify_values(name: str, values: np.ndarray, expected: Expectation) -> None:
+    shape = expected.slice_map[name].shape
+    if values.shape != shape:
+        raise _refusal(expected, f"parameter {name!r}: expected shape {shape}, found {values.shape}")
+    if values.dtype != np.float32:
+        raise _refusal(expected, f"parameter {name!r}: expected float32, found {values.dtype}")
+    # Two reductions, no temporary: a NaN or an infinity shows in the extremes.
+    low, high = float(values.min(initial=0.0)), float(values.max(initial=0.0))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = int(values.size - np.isfinite(values).sum())
+        raise _refusal(expected, f"parameter {name!r}: {bad} of {values.size} values are not finite")
+    if max(-low, high) * expected.num_examples > MAX_TERM:
+        raise _refusal(
+            expected,
+            f"parameter {name!r}: a change of {max(-low, high):.3g} by {expected.num_examples} examples is out of the "
+            f"fold's range ({MAX_TERM:.3g})",
+        )
+
+
+def _refusal(expected: Expectation, what: str) -> DeltaError:
+    return DeltaError(
+        f"delta of client {expected.client_id!r} for round {expected.round} refused: {what}; it is not folded"
+    )
