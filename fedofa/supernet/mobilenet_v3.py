@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -163,7 +164,7 @@ class MobileNetV3Spec:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MobileNetV3Spec:

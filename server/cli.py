@@ -1,0 +1,77 @@
+"""The command line: `fedofa simulate` runs the main job on this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
+
+commands:
+  simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
+  settings    print every setting with its value, as simulate would use it
+
+Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
+of a file under conf/."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `fedofa` command; returns the exit status: 0 done, 1 failed on bad input, 2 wrong usage."""
+    from fedofa.types.errors import FedofaError
+
+    command, *overrides = list(sys.argv[1:] if arguments is None else arguments) or ["help"]
+    if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
+        print(USAGE)
+        return 0
+    actions = {"simulate": simulate, "settings": print_settings}
+    if command not in actions:
+        print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        actions[command](overrides)
+    except FedofaError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; go on with the same command and resume=true", file=sys.stderr)
+        return 130
+    return 0
+
+
+def print_settings(overrides: Sequence[str]) -> None:
+    """Print the composed settings as YAML."""
+    from omegaconf import OmegaConf
+
+    from conf.compose import compose_conf
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(compose_conf(overrides))), end="")
+
+
+def simulate(overrides: Sequence[str]) -> None:
+    """Run the ServerApp in this process and the ClientApp in worker processes."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    from conf.compose import compose_conf, encode_conf
+
+    conf = compose_conf(overrides)
+    from flwr.app import Context, RecordDict
+
+    from fedofa.types.errors import ConfigError
+    from server.federation import build_parts
+    from server.grid import InProcessGrid, available_cores
+    from server.results import print_results
+    from server.server_app import app
+
+    if conf.runtime.name != "in_process":
+        raise ConfigError(f"runtime.name: expected 'in_process', found {conf.runtime.name!r}")
+    build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
+    run_config = {"config": encode_conf(conf)}
+    workers = conf.runtime.num_workers or available_cores()
+    with InProcessGrid(num_nodes=conf.fleet.num_clients, run_config=run_config, num_workers=workers) as grid:
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
+        app(grid, context)
+    print_results(Path(conf.output_dir))

@@ -1,0 +1,189 @@
+"""Builds the parts of a federation from its settings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clients.local import federation
+from conf.compose import encode_conf
+from conf.schema import AggregationConf, FinetuneConf, SimulateConf
+from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain, ServerOptimiser
+from fedofa.data.federation import FederatedData
+from fedofa.device.cost import AnalyticCostModel
+from fedofa.finetune.plans import build_plan
+from fedofa.finetune.trainer import LocalTraining
+from fedofa.search.fit import FitSearch, PlanOf
+from fedofa.supernet.base import Supernet
+from fedofa.supernet.families import build_supernet
+from fedofa.types.errors import ConfigError
+from server.checkpoint import CheckpointStore
+from server.rounds import RoundLog
+from server.scoring import Scorer
+from server.strategy import FederationSettings, FedOFA
+
+_RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
+_FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+_OPTIMISERS = ("plain", "momentum", "adam", "yogi")
+_MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation")
+"""Settings that a resumed run may change: they do not change what a round computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the strategies of one run share."""
+
+    conf: SimulateConf
+    data: FederatedData
+    supernet: Supernet
+    search: FitSearch
+    training: LocalTraining
+    optimiser: ServerOptimiser
+    scorer: Scorer
+
+    def strategy(self, output_dir: Path, *, uniform: bool = False) -> FedOFA:
+        """A strategy at round 0, which keeps its checkpoints and diary in `output_dir`."""
+        conf = self.conf
+        settings = FederationSettings(
+            seed=conf.seed,
+            clients_per_round=conf.fleet.clients_per_round,
+            round_seconds=conf.fleet.round_seconds,
+            max_in_flight=conf.fleet.max_in_flight,
+            reply_seconds=conf.fleet.reply_seconds,
+            evaluate_every=conf.evaluation.every,
+            float_dtype=conf.aggregation.float_dtype,
+            uniform=uniform,
+        )
+        return FedOFA(
+            supernet=self.supernet,
+            state=self.supernet.state(),
+            search=self.search,
+            training=self.training,
+            optimiser=self.optimiser,
+            scorer=self.scorer,
+            settings=settings,
+            checkpoints=CheckpointStore(output_dir / "checkpoints"),
+            log=RoundLog(output_dir / "rounds.jsonl"),
+            run=run_identity(conf, uniform=uniform),
+        )
+
+
+def build_parts(conf: SimulateConf) -> Parts:
+    """Data, supernet, search, recipe and scorer of a run.
+
+    Raises:
+        ConfigError, DatasetError: naming the setting.
+    """
+    _check(conf)
+    training = build_training(conf.finetune)
+    optimiser = build_optimiser(conf.aggregation)
+    data = federation(conf)
+    images = data.image_set
+    supernet = build_supernet(_description(conf, data), torch.Generator().manual_seed(conf.seed))
+    search = FitSearch(supernet.space, supernet.block_costs, _plans(conf.finetune), AnalyticCostModel())
+    normalisation = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    scorer = Scorer(supernet, data.global_test, data.calibration, normalisation)
+    return Parts(conf, data, supernet, search, training, optimiser, scorer)
+
+
+def build_training(conf: FinetuneConf) -> LocalTraining:
+    """The clients' recipe."""
+    names = LocalTraining.__dataclass_fields__
+    return LocalTraining(**{name: getattr(conf, name) for name in names})
+
+
+def build_optimiser(conf: AggregationConf) -> ServerOptimiser:
+    """The server's optimiser.
+
+    Raises:
+        ConfigError: for an unknown one, or rates out of range.
+    """
+    if conf.optimiser not in _OPTIMISERS:
+        raise ConfigError(f"aggregation.optimiser: expected one of {list(_OPTIMISERS)}, found {conf.optimiser!r}")
+    for name in ("beta", "beta2"):
+        if not 0 <= getattr(conf, name) < 1:
+            raise ConfigError(f"aggregation.{name}: expected a number in [0, 1), found {getattr(conf, name)!r}")
+    for name in ("learning_rate", "epsilon"):
+        if not getattr(conf, name) > 0:
+            raise ConfigError(f"aggregation.{name}: expected a positive number, found {getattr(conf, name)!r}")
+    if conf.optimiser == "plain":
+        return Plain(conf.learning_rate)
+    if conf.optimiser == "momentum":
+        return Momentum(conf.learning_rate, conf.beta)
+    return Adaptive(conf.learning_rate, conf.beta, conf.beta2, conf.epsilon, yogi=conf.optimiser == "yogi")
+
+
+def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
+    """The settings that make two runs the same run, flat, by dotted key."""
+    settings = json.loads(encode_conf(conf))
+    for name in _MAY_CHANGE:
+        settings.pop(name)
+    settings["fleet"].pop("max_in_flight")
+    settings["fleet"].pop("reply_seconds")
+    settings["data"].pop("cache_dir")
+    settings["data"].pop("path")
+    settings["uniform"] = uniform
+    return _flat(settings, "")
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {key: value}
+    items: dict[str, Any] = {}
+    for name, item in value.items():
+        items |= _flat(item, f"{key}.{name}" if key else name)
+    return items
+
+
+def _description(conf: SimulateConf, data: FederatedData) -> dict[str, Any]:
+    """The supernet's settings with what the data fixes: channels, classes and, for a fixed network, the image size."""
+    _, channels, height, width = data.image_set.images.shape
+    settings = {**conf.supernet, "num_classes": len(data.image_set.class_names)}
+    if settings["family"] == "fixed":
+        return {**settings, "input_shape": [channels, height, width]}
+    return {**settings, "in_channels": channels}
+
+
+def _plans(conf: FinetuneConf) -> list[list[PlanOf]]:
+    """The plans in order of preference, each with the ways of recomputing that are allowed."""
+    return [
+        [partial(build_plan, name, recompute=again, statistics=conf.statistics) for again in _RECOMPUTE[conf.recompute]]
+        for name in conf.plans
+    ]
+
+
+def _check(conf: SimulateConf) -> None:
+    """Settings that only their meaning can refuse."""
+    positive = {
+        "rounds": conf.rounds,
+        "fleet.num_clients": conf.fleet.num_clients,
+        "fleet.clients_per_round": conf.fleet.clients_per_round,
+        "fleet.max_in_flight": conf.fleet.max_in_flight,
+        "fleet.round_seconds": conf.fleet.round_seconds,
+        "fleet.reply_seconds": conf.fleet.reply_seconds,
+        "evaluation.every": conf.evaluation.every,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{name}: expected a positive number, found {value!r}")
+    if conf.seed < 0:
+        raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
+    if conf.fleet.clients_per_round > conf.fleet.num_clients:
+        raise ConfigError(
+            f"fleet.clients_per_round: expected at most fleet.num_clients ({conf.fleet.num_clients}), "
+            f"found {conf.fleet.clients_per_round}"
+        )
+    if conf.finetune.recompute not in _RECOMPUTE:
+        raise ConfigError(f"finetune.recompute: expected one of {list(_RECOMPUTE)}, found {conf.finetune.recompute!r}")
+    if not conf.finetune.plans:
+        raise ConfigError("finetune.plans: expected at least one plan, found none")
+    if conf.aggregation.float_dtype not in _FLOAT_DTYPES:
+        raise ConfigError(
+            f"aggregation.float_dtype: expected one of {list(_FLOAT_DTYPES)}, found {conf.aggregation.float_dtype!r}"
+        )

@@ -1,0 +1,162 @@
+"""Who takes part and with what: every client's subnet and plan from its device, and the cohort of a round."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedofa.device.cost import LocalWork
+from fedofa.search.fit import Budgets, Fit, FitSearch, capacity
+from fedofa.supernet.base import Supernet
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import ConfigError, InfeasibilityError
+from fedofa.types.space import SubnetConfig
+from fedofa.types.state import SharedState
+
+
+@dataclass(frozen=True, slots=True)
+class ClientInfo:
+    """A client as it introduced itself, and the Flower node that it sits behind in this run."""
+
+    node_id: int
+    client_id: str
+    profile: DeviceProfile
+    num_train: int
+    num_test: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one client trains."""
+
+    client: ClientInfo
+    fit: Fit
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPlan:
+    """The fleet's assignments, by client id, and who sits out and why."""
+
+    assignments: Mapping[str, Assignment]
+    sitting_out: Mapping[str, str]
+
+    def classes(self) -> dict[str, tuple[Fit, int]]:
+        """Device class -> the fit that most of its clients have, and how many clients the class has."""
+        fits: dict[str, list[Fit]] = defaultdict(list)
+        for assignment in self.assignments.values():
+            fits[assignment.client.profile.device_class].append(assignment.fit)
+        common = {}
+        for name in sorted(fits):
+            (subnet, _), *_ = Counter(fit.subnet for fit in fits[name]).most_common(1)
+            common[name] = (next(fit for fit in fits[name] if fit.subnet == subnet), len(fits[name]))
+        return common
+
+    def weakest(self) -> Fit:
+        """The fit of least capacity in the fleet."""
+        return min((item.fit for item in self.assignments.values()), key=lambda fit: capacity(fit.cost))
+
+
+def plan_fleet(
+    clients: Sequence[ClientInfo], search: FitSearch, work_of: Callable[[int], LocalWork], round_seconds: float
+) -> FleetPlan:
+    """Give every client the best subnet and plan that its device can train.
+
+    Clients with equal profiles share one search, made for the largest data set among them; where that does not fit,
+    each is searched for on its own.
+
+    Args:
+        work_of: local work from the number of training examples.
+        round_seconds: a device's budget for one round.
+    """
+    groups: dict[DeviceProfile, list[ClientInfo]] = defaultdict(list)
+    for client in clients:
+        groups[client.profile].append(client)
+    assignments, sitting_out = {}, {}
+    for profile, members in groups.items():
+        budgets = Budgets(profile.memory_bytes, round_seconds)
+        try:
+            shared = search.best_fit(profile, work_of(max(client.num_train for client in members)), budgets)
+        except InfeasibilityError:
+            shared = None
+        for client in members:
+            try:
+                fit = shared or search.best_fit(profile, work_of(client.num_train), budgets)
+                assignments[client.client_id] = Assignment(client, fit)
+            except InfeasibilityError as error:
+                sitting_out[client.client_id] = str(error)
+    return FleetPlan(assignments, sitting_out)
+
+
+def plan_uniform(plan: FleetPlan, fit: Fit) -> FleetPlan:
+    """The same fleet with one subnet for everybody: ordinary federated averaging."""
+    everybody = {name: replace(item, fit=fit) for name, item in plan.assignments.items()}
+    return FleetPlan(everybody, plan.sitting_out)
+
+
+def draw_cohort(
+    plan: FleetPlan,
+    clients_per_round: int,
+    smallest: Callable[[ClientInfo], Fit | None] | None,
+    rng: np.random.Generator,
+) -> list[Assignment]:
+    """The clients of one round, drawn from those that are available, the strongest and the smallest subnet among them.
+
+    Sandwich rule: the cohort's strongest client trains the largest subnet that any of its devices can; its weakest
+    trains the smallest subnet of the space (where it is not alone).
+
+    Args:
+        smallest: gives the fit of the space's smallest subnet for a client, None where it does not fit; without it
+            the sandwich rule is off.
+        rng: draws availability, then the cohort.
+    """
+    everybody = [plan.assignments[name] for name in sorted(plan.assignments)]
+    awake = rng.random(len(everybody))
+    available = [item for item, draw in zip(everybody, awake, strict=True) if draw < item.client.profile.availability]
+    chosen = rng.permutation(len(available))[:clients_per_round]
+    cohort = [available[index] for index in sorted(chosen)]
+    if smallest is not None and len(cohort) > 1:
+        weakest = min(range(len(cohort)), key=lambda index: capacity(cohort[index].fit.cost))
+        fit = smallest(cohort[weakest].client)
+        if fit is not None:
+            cohort[weakest] = replace(cohort[weakest], fit=fit)
+    return cohort
+
+
+def untrainable(supernet: Supernet, state: SharedState, fits: Iterable[Fit]) -> dict[str, float]:
+    """Shared tensor -> share of its coordinates that none of the fits trains; tensors trained whole are left out.
+
+    Kernel matrices and batch-norm statistics are not trained by design and not listed.
+    """
+    reached: dict[str, np.ndarray] = {}
+    seen: set[tuple[SubnetConfig, tuple[str, ...]]] = set()
+    for fit in fits:
+        if (fit.subnet, fit.plan.trainable) in seen:
+            continue
+        seen.add((fit.subnet, fit.plan.trainable))
+        slices = supernet.slice_map(fit.subnet)
+        for name in fit.plan.trainable:
+            mask = slices[name].reach(state.tensors)
+            reached[name] = reached[name] | mask if name in reached else mask
+    everything = supernet.slice_map(supernet.space.largest()).trainable
+    missing = {name: 1.0 - float(reached[name].mean()) if name in reached else 1.0 for name in everything}
+    return {name: share for name, share in missing.items() if share > 0}
+
+
+def check_clients(clients: Sequence[ClientInfo]) -> list[ClientInfo]:
+    """The clients by id.
+
+    Raises:
+        ConfigError: when two nodes state the same id, or nobody answered.
+    """
+    if not clients:
+        raise ConfigError("no client answered the query; check that the clients run and see the server")
+    counts = Counter(client.client_id for client in clients)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        raise ConfigError(
+            f"client ids must be unique, found {twice[:5]} at more than one node; give every node its own partition-id"
+        )
+    return sorted(clients, key=lambda client: client.client_id)

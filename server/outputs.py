@@ -1,0 +1,128 @@
+"""What a run leaves behind: the summary, the supernet and the pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_tensors
+
+from conf.compose import encode_conf
+from fedofa.report.plots import plot_accuracy_vs_macs, plot_rounds
+from fedofa.search.fit import Fit
+from fedofa.types.space import SubnetConfig
+from server.checkpoint import replace_file
+from server.federation import Parts
+from server.fleet import untrainable
+from server.strategy import FedOFA
+
+_MARKERS = ("checkpoints", "rounds.jsonl", "summary.json")
+_VERSIONS = ("fedofa", "torch", "numpy", "flwr")
+COMPARISON_NAME = "FedAvg on the weakest device's subnet"
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move an earlier run out of the way, so that nothing is lost: "simulate" becomes "simulate.2026-01-31T12-00-00"."""
+    if any((output_dir / marker).exists() for marker in _MARKERS):
+        stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
+        target, number = output_dir.with_name(f"{output_dir.name}.{stamp}"), 1
+        while target.exists():
+            number += 1
+            target = output_dir.with_name(f"{output_dir.name}.{stamp}-{number}")
+        output_dir.rename(target)
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def write_outputs(
+    parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float], comparison: FedOFA | None, output_dir: Path
+) -> dict[str, Any]:
+    """Write everything a person or a program looks at; returns the summary."""
+    summary = build_summary(parts, strategy, on_clients, comparison)
+    state = strategy.state
+    arrays = {**state.tensors, **{f"ordering/{name}": order for name, order in state.ordering.items()}}
+    replace_file(
+        output_dir / "supernet.safetensors",
+        save_tensors({name: np.ascontiguousarray(value) for name, value in arrays.items()}),
+    )
+    supernet = {"supernet": parts.supernet.description(), "normalisation": dict(parts.scorer.normalisation)}
+    replace_file(output_dir / "supernet.json", json.dumps(supernet, indent=1).encode())
+    replace_file(output_dir / "config.json", json.dumps(json.loads(encode_conf(parts.conf)), indent=1).encode())
+    replace_file(output_dir / "summary.json", json.dumps(summary, indent=1).encode())
+    plot_accuracy_vs_macs(summary, output_dir / "accuracy_vs_macs.png")
+    beside = comparison.log.read() if comparison else []
+    plot_rounds(strategy.log.read(), output_dir / "rounds.png", comparison=beside, comparison_name=COMPARISON_NAME)
+    return summary
+
+
+def build_summary(
+    parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float], comparison: FedOFA | None
+) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    totals = asdict(strategy.totals)
+    records = strategy.log.read()
+    fits = [item.fit for item in strategy.plan.assignments.values()]
+    never = untrainable(parts.supernet, strategy.state, fits)
+    return {
+        "rounds": strategy.done,
+        "num_clients": parts.conf.fleet.num_clients,
+        "clients_per_round": parts.conf.fleet.clients_per_round,
+        "seed": parts.conf.seed,
+        "shared_digest": strategy.state.digest(),
+        "subnets": _subnet_rows(parts, strategy, on_clients),
+        "comparison": _comparison_row(parts, comparison) if comparison else None,
+        "sitting_out": dict(strategy.plan.sitting_out),
+        "untrainable": never,
+        "num_failures": sum(len(record["failures"]) for record in records),
+        **totals,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+    }
+
+
+def _subnet_rows(parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float]) -> list[dict[str, Any]]:
+    classes = strategy.plan.classes()
+    rows = []
+    for name, subnet in strategy.subnets().items():
+        fit, clients = classes.get(name, (None, 0))
+        score = strategy.scores[name]
+        rows.append({**_row(parts, name, subnet, score.accuracy), "loss": score.loss, "num_clients": clients,
+                     **_fit_row(fit), "client_test_accuracy": on_clients.get(name)})  # fmt: skip
+    return rows
+
+
+def _fit_row(fit: Fit | None) -> dict[str, Any]:
+    if fit is None:
+        return {"binding": None, "plan": None, "recompute": None, "training_bytes": None, "round_seconds": None}
+    return {
+        "binding": fit.binding,
+        "plan": fit.plan.name,
+        "recompute": bool(fit.plan.recompute),
+        "training_bytes": fit.cost.training_bytes,
+        "round_seconds": fit.cost.round_seconds,
+    }
+
+
+def _comparison_row(parts: Parts, comparison: FedOFA) -> dict[str, Any]:
+    subnet = comparison.plan.weakest().subnet
+    row = _row(parts, COMPARISON_NAME, subnet, comparison.scores["uniform"].accuracy)
+    totals = {"bytes_down": comparison.totals.bytes_down, "bytes_up": comparison.totals.bytes_up,
+              "cpu_seconds": comparison.totals.cpu_seconds, "wall_seconds": comparison.totals.wall_seconds}  # fmt: skip
+    return {**row, "rounds": comparison.done, **totals}
+
+
+def _row(parts: Parts, name: str, subnet: SubnetConfig, accuracy: float) -> dict[str, Any]:
+    blocks, space = parts.supernet.block_costs(subnet), parts.supernet.space
+    return {
+        "name": name,
+        "digest": subnet.digest(),
+        "macs": sum(block.macs for block in blocks),
+        "params": sum(block.num_parameters for block in blocks),
+        "accuracy": accuracy,
+        "choices": {axis.name: list(space.values(subnet, axis.name)) for axis in space.axes},
+    }

@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: the fleet, then a bar with round, cohort, accuracy and time left."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from fedofa.search.fit import Fit
+from server.fleet import FleetPlan
+from server.rounds import RoundRecord
+
+
+class Progress:
+    """Watches one run after the other; on a terminal as a moving bar, elsewhere as a line an evaluation."""
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._num_rounds = num_rounds
+        self._title = "FedOFA"
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = None
+        self._accuracy = ""
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def next_run(self, title: str) -> None:
+        """Another run follows under this title."""
+        self._title, self._task, self._accuracy = title, None, ""
+
+    def fleet_planned(self, plan: FleetPlan) -> None:
+        """Show who trains what, and who sits out and why."""
+        table = Table("device class", "clients", "MMACs", "parameters", "memory", "round", "limited by", title=self._title)
+        for name, (fit, clients) in plan.classes().items():
+            table.add_row(name, str(clients), *_cells(fit))
+        self._console.print(table)
+        for client, reason in plan.sitting_out.items():
+            self._console.print(f"[yellow]{client} sits out:[/yellow] {reason}", highlight=False)
+
+    def round_finished(self, record: RoundRecord) -> None:
+        """Move the bar."""
+        if self._task is None:
+            self._task = self._bars.add_task(self._title, total=self._num_rounds, status="", completed=record.round - 1)
+        if record.scores:
+            self._accuracy = "  ".join(f"{name} {score.accuracy:.3f}" for name, score in record.scores.items())
+        loss = f"loss {record.loss:.3f}" if record.loss is not None else "nothing folded"
+        failed = f", {len(record.failures)} failed" if record.failures else ""
+        status = f"{record.folded} of {len(record.cohort)} clients{failed}, {loss} | {self._accuracy}"
+        self._bars.update(self._task, completed=record.round, status=status)
+        if record.scores and not self._console.is_terminal:
+            self._console.print(f"{self._title}: round {record.round} of {self._num_rounds}: {status}", soft_wrap=True)
+
+
+def _cells(fit: Fit) -> list[str]:
+    cost = fit.cost
+    return [
+        f"{cost.macs / 1e6:.2f}",
+        f"{cost.num_parameters:,}",
+        f"{cost.training_bytes / 1e6:.1f} MB" + (" (recomputed)" if fit.plan.recompute else ""),
+        f"{cost.round_seconds:.1f} s",
+        fit.binding,
+    ]

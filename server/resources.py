@@ -1,0 +1,61 @@
+"""What a run uses: wall time, CPU time and peak memory of this process and its workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+class Stopwatch:
+    """Time and memory since it was made, over this process and its living descendants (Linux; else this process)."""
+
+    def __init__(self) -> None:
+        self._wall = time.perf_counter()
+        self._cpu = tree_usage()[0]
+
+    def wall_seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._wall
+
+    def cpu_seconds(self) -> float:
+        """User and system seconds since the start; a worker that died takes its own with it."""
+        return max(0.0, tree_usage()[0] - self._cpu)
+
+    def peak_rss_bytes(self) -> int:
+        """The sum of every process's peak resident memory; pages that processes share count in each."""
+        return tree_usage()[1]
+
+
+def tree_usage() -> tuple[float, int]:
+    """CPU seconds (finished children included) and summed peak resident bytes of this process and its descendants."""
+    proc = Path("/proc")
+    if not (proc / "self/stat").exists():
+        times = os.times()
+        return sum(times[:4]), 0
+    seconds, peak = 0.0, 0
+    for pid in _descendants(os.getpid()):
+        try:
+            fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
+            status = (proc / str(pid) / "status").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        seconds += sum(int(value) for value in fields[11:15]) / _TICKS
+        peak += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0) * 1024
+    return seconds, peak
+
+
+def _descendants(root: int) -> list[int]:
+    """A process and all its descendants."""
+    found, todo = [], [root]
+    while todo:
+        pid = todo.pop()
+        found.append(pid)
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                todo += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:
+            continue
+    return found

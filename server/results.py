@@ -1,0 +1,44 @@
+"""The end of a run on the terminal: accuracy of every watched subnet, the comparison, and where the files are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_results(output_dir: Path) -> None:
+    """Print a run's summary."""
+    summary = json.loads((output_dir / "summary.json").read_text())
+    console = Console()
+    table = Table("subnet", "MMACs", "parameters", "accuracy", "clients' own test", "limited by")
+    rows = [*summary["subnets"], *([summary["comparison"]] if summary["comparison"] else [])]
+    for row in rows:
+        own = row.get("client_test_accuracy")
+        table.add_row(
+            row["name"],
+            f"{row['macs'] / 1e6:.2f}",
+            f"{row['params']:,}",
+            f"{row['accuracy']:.3f}",
+            "" if own is None else f"{own:.3f}",
+            row.get("binding") or "",
+        )
+    console.print(table)
+    for client, reason in summary["sitting_out"].items():
+        console.print(f"{client} sat out: {reason}", highlight=False)
+    if summary["untrainable"]:
+        worst = max(summary["untrainable"].items(), key=lambda item: item[1])
+        console.print(
+            f"{len(summary['untrainable'])} tensors have coordinates that no device in the fleet can train, "
+            f"at the most {worst[0]} ({worst[1]:.0%}); summary.json lists them",
+            highlight=False,
+        )
+    console.print(
+        f"{summary['rounds']} rounds, {summary['num_clients']} clients, {summary['num_failures']} failures, "
+        f"{summary['wall_seconds']:.0f} s wall, {summary['cpu_seconds']:.0f} s CPU, "
+        f"{summary['bytes_down'] / 1e6:.0f} MB down, {summary['bytes_up'] / 1e6:.0f} MB up. "
+        f"Results, pictures and the supernet are in {output_dir}",
+        highlight=False,
+    )

@@ -1,0 +1,71 @@
+"""The server's own measurements: subnets cut from the shared weights, calibrated, scored on the global test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedofa.data.federation import Examples
+from fedofa.evaluation.calibration import calibrate
+from fedofa.evaluation.metrics import Score, evaluate
+from fedofa.finetune.inputs import prepare_inputs
+from fedofa.supernet.base import Supernet
+from fedofa.types.errors import ConfigError
+from fedofa.types.space import SubnetConfig
+from fedofa.types.state import SharedState
+
+_CALIBRATION_BATCH = 100
+
+
+class Scorer:
+    """Scores and calibrates subnets with the examples that the server holds.
+
+    Args:
+        supernet: for the structure.
+        test: the global test set.
+        calibration: the server's calibration set; empty where no subnet has batch norm.
+        normalisation: per-channel "mean" and "std" of pixels in [0, 1].
+    """
+
+    def __init__(
+        self, supernet: Supernet, test: Examples, calibration: Examples, normalisation: Mapping[str, list[float]]
+    ) -> None:
+        self.supernet = supernet
+        self.test = test
+        self.calibration = calibration
+        self.normalisation = normalisation
+        statistics = [item for item in supernet.slice_map(supernet.space.largest()) if item.role == "statistic"]
+        if statistics and not len(calibration.labels):
+            raise ConfigError(
+                "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
+                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples)"
+            )
+
+    def score(self, state: SharedState, subnets: Mapping[str, SubnetConfig]) -> dict[str, Score]:
+        """Score named subnets of a state; equal subnets are scored once."""
+        by_subnet: dict[SubnetConfig, Score] = {}
+        for subnet in subnets.values():
+            if subnet not in by_subnet:
+                module = self.build(state, subnet)
+                inputs = self._inputs(self.test, subnet)
+                by_subnet[subnet] = evaluate(module, inputs, torch.from_numpy(self.test.labels))
+        return {name: by_subnet[subnet] for name, subnet in subnets.items()}
+
+    def build(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
+        """The subnet as an ordinary module, its batch-norm statistics calibrated."""
+        shared = {name: torch.from_numpy(tensor) for name, tensor in state.tensors.items()}
+        module = self.supernet.build(subnet, shared)
+        if len(self.calibration.labels):
+            calibrate(module, self._inputs(self.calibration, subnet).split(_CALIBRATION_BATCH))
+        return module
+
+    def calibrated_tensors(self, state: SharedState, subnet: SubnetConfig) -> dict[str, np.ndarray]:
+        """The subnet's tensors with calibrated statistics: what clients need that train with frozen ones."""
+        return {name: tensor.numpy() for name, tensor in self.build(state, subnet).state_dict().items()}
+
+    def _inputs(self, examples: Examples, subnet: SubnetConfig) -> torch.Tensor:
+        mean, std = self.normalisation["mean"], self.normalisation["std"]
+        return prepare_inputs(examples.images, mean, std, self.supernet.resolution(subnet))

@@ -1,0 +1,63 @@
+"""The Flower ServerApp: builds the federation from the run config, runs it, and leaves its results in `output_dir`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from conf.compose import load_conf
+from conf.schema import SimulateConf
+from fedofa.types.errors import CheckpointError
+from server.federation import Parts, build_parts
+from server.outputs import set_aside, write_outputs
+from server.progress import Progress
+from server.strategy import FedOFA
+
+app = ServerApp()
+
+COMPARISON = "fedavg_weakest"
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation, then (with `evaluation.comparison`) federated averaging on the weakest device's subnet."""
+    conf = load_conf(context.run_config)
+    output_dir = Path(conf.output_dir)
+    if not conf.resume:
+        set_aside(output_dir)
+    parts = build_parts(conf)
+    with Progress(conf.rounds) as progress:
+        strategy = _run(parts, output_dir, grid, progress)
+        on_clients = strategy.score_on_clients(grid) if conf.evaluation.clients else {}
+        comparison = None
+        if conf.evaluation.comparison:
+            progress.next_run("FedAvg, weakest device's subnet")
+            comparison = _run(parts, output_dir / COMPARISON, grid, progress, uniform=True)
+    write_outputs(parts, strategy, on_clients, comparison, output_dir)
+
+
+def _run(parts: Parts, output_dir: Path, grid: Grid, progress: Progress, *, uniform: bool = False) -> FedOFA:
+    """One strategy from its checkpoint, or from the start, to the last round."""
+    strategy = parts.strategy(output_dir, uniform=uniform)
+    strategy.observers.append(progress)
+    if parts.conf.resume:
+        _restore(strategy, parts.conf, grid)
+    strategy.start(grid, num_rounds=parts.conf.rounds)
+    return strategy
+
+
+def _restore(strategy: FedOFA, conf: SimulateConf, grid: Grid) -> None:
+    wanted = None if strategy.settings.uniform else conf.resume_round
+    checkpoint = strategy.checkpoints.load(strategy.run, wanted)
+    if checkpoint is None:
+        return
+    if checkpoint.round > conf.rounds:
+        raise CheckpointError(
+            f"{strategy.checkpoints.folder}: the newest checkpoint is of round {checkpoint.round}, beyond rounds="
+            f"{conf.rounds}; ask for at least as many rounds, or for an older one with resume_round"
+        )
+    strategy.restore(checkpoint, grid)
+    if not strategy.settings.uniform:
+        strategy.supernet.set_ordering(checkpoint.state.ordering)

@@ -1,0 +1,345 @@
+"""FedOFA, the strategy: unlike clients fine-tune subnets, the server folds what they trained into one supernet."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from clients.records import message_facts, message_metrics, packed_buffer, packed_content
+from fedofa.aggregation.fold import FoldSums
+from fedofa.aggregation.server_optimisers import ServerOptimiser
+from fedofa.device.cost import LocalWork
+from fedofa.evaluation.metrics import Score
+from fedofa.finetune.trainer import LocalTraining
+from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.supernet.base import Supernet
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import ConfigError, DeltaError, FoldError, WireError
+from fedofa.types.space import SubnetConfig
+from fedofa.types.state import SharedState
+from fedofa.update.exchange import ClientTask, decode_delta, encode_task
+from fedofa.update.verification import Expectation, verify_delta
+from server.checkpoint import Checkpoint, CheckpointStore, Totals
+from server.fleet import Assignment, ClientInfo, FleetPlan, check_clients, draw_cohort, plan_fleet, plan_uniform
+from server.resources import Stopwatch
+from server.rounds import RoundLog, RoundRecord
+from server.scoring import Scorer
+from server.stream import stream_replies
+
+_COHORT_STREAM = 2
+"""Tells the cohort's random numbers from others that are drawn from the same seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class FederationSettings:
+    """How a federation runs; the names are those of the settings files."""
+
+    seed: int
+    clients_per_round: int
+    round_seconds: float
+    max_in_flight: int
+    reply_seconds: float
+    evaluate_every: int
+    float_dtype: str
+    uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
+
+
+@runtime_checkable
+class KeepsClientStates(Protocol):
+    """A runtime that keeps simulated clients' states on this machine; real devices keep their own."""
+
+    def commit_states(self, message_ids: Iterable[str]) -> None: ...
+    def export_states(self) -> dict[int, bytes]: ...
+    def import_states(self, states: Mapping[int, bytes]) -> None: ...
+
+
+class Observer(Protocol):
+    """Somebody who watches a run: the progress display."""
+
+    def fleet_planned(self, plan: FleetPlan) -> None: ...
+    def round_finished(self, record: RoundRecord) -> None: ...
+
+
+@dataclass
+class FedOFA(Strategy):
+    """Federated fine-tuning of one supernet by clients that each train the subnet that suits their device.
+
+    Args:
+        supernet: for structure and slice maps; the weights are in the state.
+        state: the shared state to start from; afterwards the current one.
+        search: finds the best subnet for a device.
+        training: the clients' recipe.
+        optimiser: the server's step after the fold.
+        scorer: measures subnets on the server.
+        settings: how the federation runs.
+        checkpoints, log: where the run is kept.
+        run: what identifies the run; a checkpoint of another run is refused.
+        observers: told of the plan and of every round.
+    """
+
+    supernet: Supernet
+    state: SharedState
+    search: FitSearch
+    training: LocalTraining
+    optimiser: ServerOptimiser
+    scorer: Scorer
+    settings: FederationSettings
+    checkpoints: CheckpointStore
+    log: RoundLog
+    run: Mapping[str, Any]
+    observers: list[Observer] = field(default_factory=list)
+
+    plan: FleetPlan = field(init=False)
+    totals: Totals = field(init=False, default_factory=Totals)
+    done: int = field(init=False, default=0)
+    scores: dict[str, Score] = field(init=False, default_factory=dict)
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Any = None,
+    ) -> Result:
+        """Run rounds until `num_rounds` are done, from wherever `restore` left the run.
+
+        Flower's other arguments have no effect: the state, the recipe and the evaluation are this strategy's own.
+        """
+        result = Result()
+        if isinstance(grid, KeepsClientStates) and not self.done:
+            grid.import_states({})
+        self.plan = self._plan(self.enrol(grid))
+        self.summary()
+        for server_round in range(self.done + 1, num_rounds + 1):
+            watch = Stopwatch()
+            messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+            replies = stream_replies(
+                grid, messages, max_in_flight=self.settings.max_in_flight, reply_seconds=self.settings.reply_seconds
+            )
+            _, metrics = self.aggregate_train(server_round, replies)
+            if server_round % self.settings.evaluate_every == 0 or server_round == num_rounds:
+                self._record.scores = self.scores = self.scorer.score(self.state, self.subnets())
+                result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
+            self._finish_round(grid, watch)
+            result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
+        return result
+
+    def enrol(self, grid: Grid) -> list[ClientInfo]:
+        """Ask every node who it is; those that do not answer properly take no part."""
+        questions = (Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids())
+        limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
+        answers = stream_replies(grid, questions, **limits)
+        return check_clients([info for answer in answers if (info := _client_info(answer)) is not None])
+
+    def _plan(self, clients: list[ClientInfo]) -> FleetPlan:
+        plan = plan_fleet(clients, self.search, self._work, self.settings.round_seconds)
+        if not plan.assignments:
+            raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
+        return plan_uniform(plan, plan.weakest()) if self.settings.uniform else plan
+
+    # -- one round ---------------------------------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Draw the cohort and make its messages, one at a time; clients with the same subnet share one payload."""
+        rng = np.random.default_rng([self.settings.seed, _COHORT_STREAM, server_round])
+        smallest = None if self.settings.uniform else self._smallest_fit
+        cohort = draw_cohort(self.plan, self.settings.clients_per_round, smallest, rng)
+        self._cohort = {item.client.node_id: item for item in cohort}
+        self._record = RoundRecord(server_round, cohort)
+        return self._messages(server_round, cohort)
+
+    def _messages(self, server_round: int, cohort: list[Assignment]) -> Iterator[Message]:
+        payloads: dict[tuple[SubnetConfig, str], bytes] = {}
+        for item in cohort:
+            key = (item.fit.subnet, item.fit.plan.digest())
+            if key not in payloads:
+                payloads[key] = self._payload(server_round, item.fit)
+            self._record.bytes_down += len(payloads[key])
+            content = packed_content(payloads[key])
+            yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
+
+    def _payload(self, server_round: int, fit: Fit) -> bytes:
+        task = ClientTask(
+            round=server_round,
+            version=self.state.version,
+            subnet=fit.subnet,
+            plan=fit.plan,
+            supernet=self.supernet.description(),
+            training=asdict(self.training),
+            normalisation=self.scorer.normalisation,
+            seed=self.settings.seed,
+            float_dtype=self.settings.float_dtype,
+        )
+        if fit.plan.statistics == "frozen":
+            return encode_task(task, self.scorer.calibrated_tensors(self.state, fit.subnet))
+        return encode_task(task, self.supernet.slice_map(fit.subnet).extract(self.state.tensors))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Verify and fold each reply as it comes, then take the server's step; a failure costs only its client."""
+        record, sums = self._record, FoldSums(self.supernet.slice_map)
+        self._accepted: list[str] = []
+        for reply in replies:
+            item = self._cohort[reply.metadata.src_node_id]
+            try:
+                self._fold(reply, item, sums)
+            except (WireError, DeltaError, FoldError) as error:
+                record.failures[item.client.client_id] = str(error)
+        record.folded = sums.num_deltas
+        if sums.num_deltas:
+            self.state, report = sums.finish(self.state, self.optimiser)
+            record.delta_norm, record.truncated = report.delta_norm, report.truncated
+            record.covered_fraction = float(np.mean(list(report.covered_fraction.values())))
+        return None, MetricRecord({"loss": record.loss or 0.0, "folded": record.folded})
+
+    def _fold(self, reply: Message, item: Assignment, sums: FoldSums) -> None:
+        """Add one reply to the sums, or raise why not."""
+        if reply.has_error():
+            raise DeltaError(f"client {item.client.client_id!r} failed: {reply.error.reason}")
+        buffer = packed_buffer(reply)
+        self._record.bytes_up += len(buffer)
+        delta = decode_delta(buffer)
+        expected = Expectation(
+            client_id=item.client.client_id,
+            round=self._record.round,
+            version=self.state.version,
+            subnet=item.fit.subnet,
+            plan=item.fit.plan,
+            num_examples=item.client.num_train,
+            slice_map=self.supernet.slice_map(item.fit.subnet),
+        )
+        verify_delta(delta, expected)
+        sums.add(delta)
+        loss = message_metrics(reply).get("loss", math.nan)
+        if math.isfinite(loss):
+            self._record.losses.append((loss, delta.num_examples))
+        self._accepted.append(reply.metadata.reply_to_message_id)
+
+    def _finish_round(self, grid: Grid, watch: Stopwatch) -> None:
+        """Commit the clients' states, write the diary and the checkpoint, tell the observers."""
+        states: dict[int, bytes] = {}
+        if isinstance(grid, KeepsClientStates):
+            grid.commit_states(self._accepted)
+            states = grid.export_states()
+        record = self._record
+        record.wall_seconds = watch.wall_seconds()
+        self.done = record.round
+        self.totals = Totals(
+            bytes_down=self.totals.bytes_down + record.bytes_down,
+            bytes_up=self.totals.bytes_up + record.bytes_up,
+            wall_seconds=self.totals.wall_seconds + record.wall_seconds,
+            cpu_seconds=self.totals.cpu_seconds + watch.cpu_seconds(),
+            peak_rss_bytes=max(self.totals.peak_rss_bytes, watch.peak_rss_bytes()),
+        )
+        length = self.log.append(record)
+        self.checkpoints.save(Checkpoint(self.done, self.state, states, self.totals, self.run, length))
+        for observer in self.observers:
+            observer.round_finished(record)
+
+    # -- evaluation on the clients -----------------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """Send every client its own subnet, to be scored on its own test examples."""
+        everybody = [item for item in self.plan.assignments.values() if item.client.num_test]
+        self._cohort = {item.client.node_id: item for item in everybody}
+        payloads: dict[SubnetConfig, bytes] = {}
+        for item in sorted(everybody, key=lambda item: item.fit.subnet.choices):
+            if item.fit.subnet not in payloads:
+                payloads = {item.fit.subnet: self._payload(server_round, self._scored(item.fit))}
+            content = packed_content(payloads[item.fit.subnet])
+            yield Message(content, item.client.node_id, MessageType.EVALUATE, group_id=str(server_round))
+
+    @staticmethod
+    def _scored(fit: Fit) -> Fit:
+        """A fit for scoring only: statistics must be the calibrated ones."""
+        return replace(fit, plan=replace(fit.plan, statistics="frozen"))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Accuracy on the clients' own test examples by device class, weighted by examples."""
+        sums: dict[str, list[float]] = {}
+        for reply in replies:
+            metrics = {} if reply.has_error() else message_metrics(reply)
+            count, accuracy = metrics.get("num_examples", 0.0), metrics.get("accuracy", math.nan)
+            if count > 0 and 0 <= accuracy <= 1:
+                device_class = self._cohort[reply.metadata.src_node_id].client.profile.device_class
+                total = sums.setdefault(device_class, [0.0, 0.0])
+                total[0] += accuracy * count
+                total[1] += count
+        return MetricRecord({name: right / count for name, (right, count) in sorted(sums.items())}) if sums else None
+
+    def score_on_clients(self, grid: Grid) -> dict[str, float]:
+        """Run one evaluation over the whole fleet; device class -> accuracy on the clients' own test examples."""
+        messages = self.configure_evaluate(self.done, ArrayRecord(), ConfigRecord(), grid)
+        limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
+        metrics = self.aggregate_evaluate(self.done, stream_replies(grid, messages, **limits))
+        return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, float)}
+
+    # -- what it is made of ------------------------------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Tell the observers who trains what."""
+        for observer in self.observers:
+            observer.fleet_planned(self.plan)
+
+    def restore(self, checkpoint: Checkpoint, grid: Grid) -> None:
+        """Go on from a checkpoint; what was written after it is dropped."""
+        self.state, self.totals, self.done = checkpoint.state, checkpoint.totals, checkpoint.round
+        self.log.cut(checkpoint.log_bytes)
+        self.checkpoints.drop_after(checkpoint.round)
+        if isinstance(grid, KeepsClientStates):
+            grid.import_states(checkpoint.client_states)
+
+    def subnets(self) -> dict[str, SubnetConfig]:
+        """The subnets that are watched: the largest, the smallest, and each device class's own."""
+        if self.settings.uniform:
+            return {"uniform": self.plan.weakest().subnet}
+        space = self.supernet.space
+        own = {name: fit.subnet for name, (fit, _) in self.plan.classes().items()}
+        return {"largest": space.largest(), "smallest": space.smallest(), **own}
+
+    def _work(self, num_examples: int) -> LocalWork:
+        training = self.training
+        samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
+        slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
+        wire = 4 if self.settings.float_dtype == "float32" else 2
+        return LocalWork(num_examples, samples, training.batch_size, slots, wire)
+
+    def _smallest_fit(self, client: ClientInfo) -> Fit | None:
+        budgets = Budgets(client.profile.memory_bytes, self.settings.round_seconds)
+        work = self._work(client.num_train)
+        return self.search.fit_of(self.supernet.space.smallest(), client.profile, work, budgets)
+
+
+def _client_info(answer: Message) -> ClientInfo | None:
+    """A client's introduction, None when it is not one."""
+    if answer.has_error():
+        return None
+    try:
+        facts = message_facts(answer)
+        profile = DeviceProfile.from_json(facts["profile"])
+        sizes = int(facts["num_train"]), int(facts["num_test"])
+        return ClientInfo(answer.metadata.src_node_id, str(facts["client_id"]), profile, *sizes)
+    except (WireError, ConfigError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:
+    return MetricRecord({name: score.accuracy for name, score in scores.items()})

@@ -1,0 +1,3 @@
+"""A ClientApp module that cannot be imported."""
+
+raise LookupError("no\ndata here")
