@@ -6,9 +6,10 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -48,7 +49,9 @@ def check_conf(composed: DictConfig) -> SimulateConf:
         supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.")
         rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("supernet", "hydra")])
         checked = _merged(SimulateConf, rest, "")
-        missing = sorted({*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))})
+        missing = sorted(
+            {*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))}
+        )
         missing.remove("supernet")
         if missing:
             raise ConfigError(f"settings without a value: {', '.join(missing)}; give them as key=value")
@@ -80,7 +83,8 @@ def explain(error: Exception, prefix: str = "") -> str:
         return f"{group[1]}: no such option; available: {', '.join(options.split())}"
     if key is None:
         return reason
-    unknown = "not in struct" in text or "not in '" in text
+    unknown = "not in struct" in text or "not in '" in text  # Hydra's words, then OmegaConf's
+    unknown = unknown or "is not in struct" in reason
     hint = _closest(key) if unknown else ""
     return f"{prefix}{key}: {'unknown setting' if unknown else reason}{hint}"
 
@@ -92,34 +96,23 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _closest(key: str) -> str:
     close = difflib.get_close_matches(key, sorted(known_keys()), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; see `fedofa simulate --help` for all of them"
+    return f"; did you mean {close[0]!r}?" if close else "; `fedofa settings` prints all of them"
 
 
 @lru_cache(maxsize=1)
 def known_keys() -> frozenset[str]:
     """Every dotted key of the schema."""
-    keys = set(_dotted(OmegaConf.structured(SimulateConf), ""))
+    keys = set(_dotted(SimulateConf, ""))
     for schema in SUPERNETS.values():
-        keys |= set(_dotted(OmegaConf.structured(schema), "supernet."))
+        keys |= set(_dotted(schema, "supernet."))
     return frozenset(keys)
 
 
-def _dotted(node: Any, prefix: str) -> Iterable[str]:
-    for key in node:
-        yield f"{prefix}{key}"
-        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
-            yield from _dotted(node[key], f"{prefix}{key}.")
-    if not prefix:
-        for group in ("data", "partition", "fleet", "finetune", "aggregation", "runtime", "evaluation"):
-            schema = SimulateConf.__dataclass_fields__[group].type
-            yield from _dotted(OmegaConf.structured(globals_of_schema()[str(schema)]), f"{group}.")
-
-
-def globals_of_schema() -> Mapping[str, type]:
-    """Schema classes by name."""
-    import conf.schema as schema
-
-    return {name: item for name, item in vars(schema).items() if isinstance(item, type)}
+def _dotted(schema: type, prefix: str) -> Iterator[str]:
+    for name, kind in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        if is_dataclass(kind):
+            yield from _dotted(cast(type, kind), f"{prefix}{name}.")
 
 
 def encode_conf(conf: SimulateConf) -> str:
@@ -135,5 +128,5 @@ def load_conf(run_config: Mapping[str, Any]) -> SimulateConf:
 @lru_cache(maxsize=4)
 def _load_conf(config: str, overrides: str) -> SimulateConf:
     if config:
-        return check_conf(OmegaConf.create(json.loads(config)))
+        return check_conf(cast(DictConfig, OmegaConf.create(json.loads(config))))
     return compose_conf(shlex.split(overrides))

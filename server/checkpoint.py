@@ -87,8 +87,7 @@ class CheckpointStore:
             "tensors_bytes": len(tensors),
             "tensors_xxh3_128": xxhash.xxh3_128_hexdigest(tensors),
         }
-        body = json.dumps(manifest, indent=1, sort_keys=True)
-        sealed = json.dumps({"manifest": manifest, "xxh3_128": xxhash.xxh3_128_hexdigest(body.encode())}, indent=1, sort_keys=True)
+        sealed = json.dumps({"manifest": manifest, "xxh3_128": _seal(manifest)}, indent=1, sort_keys=True)
         write_durably(temporary / _TENSORS, tensors)
         write_durably(temporary / _MANIFEST, sealed.encode())
         shutil.rmtree(final, ignore_errors=True)
@@ -98,7 +97,7 @@ class CheckpointStore:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def drop_after(self, round_number: int) -> None:
-        """Forget checkpoints of later rounds, so that a run that goes on from here is not mixed with what was before."""
+        """Forget checkpoints of later rounds, which a run that goes on from here makes anew."""
         for later in self.rounds():
             if later > round_number:
                 shutil.rmtree(self._path(later))
@@ -138,28 +137,40 @@ class CheckpointStore:
     def _read(self, round_number: int) -> Checkpoint:
         path = self._path(round_number)
         try:
-            sealed = json.loads((path / _MANIFEST).read_bytes())
-            manifest, seal = sealed["manifest"], sealed["xxh3_128"]
-            body = json.dumps(manifest, indent=1, sort_keys=True)
-            if xxhash.xxh3_128_hexdigest(body.encode()) != seal:
-                raise CheckpointError(f"checkpoint {path / _MANIFEST} is damaged: its checksum does not match")
-            if manifest["format"] != _FORMAT:
-                raise CheckpointError(
-                    f"checkpoint {path}: expected format {_FORMAT}, found {manifest['format']}; use the release that made it"
-                )
+            manifest = _read_manifest(path / _MANIFEST)
             data = (path / _TENSORS).read_bytes()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            size, checksum = manifest["tensors_bytes"], manifest["tensors_xxh3_128"]
+        except (OSError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {error!r}") from error
-        if len(data) != manifest["tensors_bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path / _TENSORS} is truncated: expected {manifest['tensors_bytes']:,} bytes, found {len(data):,}"
-            )
-        if xxhash.xxh3_128_hexdigest(data) != manifest["tensors_xxh3_128"]:
+        if len(data) != size:
+            where = f"checkpoint {path / _TENSORS} is truncated"
+            raise CheckpointError(f"{where}: expected {size:,} bytes, found {len(data):,}")
+        if xxhash.xxh3_128_hexdigest(data) != checksum:
             raise CheckpointError(f"checkpoint {path / _TENSORS} is damaged: its checksum does not match")
         try:
             return _unflatten(load_tensors(data), manifest)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be read: {error!r}") from error
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Checksum of a manifest in its canonical form."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest whose checksum and format are right."""
+    try:
+        sealed = json.loads(path.read_bytes())
+        manifest, seal = sealed["manifest"], sealed["xxh3_128"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged: {error!r}") from error
+    if _seal(manifest) != seal:
+        raise CheckpointError(f"checkpoint {path} is damaged: its checksum does not match")
+    if manifest["format"] != _FORMAT:
+        found = f"expected format {_FORMAT}, found {manifest['format']}"
+        raise CheckpointError(f"checkpoint {path}: {found}; use the release that made it")
+    return manifest
 
 
 def write_durably(path: Path, data: bytes) -> None:

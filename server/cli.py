@@ -59,6 +59,7 @@ def simulate(overrides: Sequence[str]) -> None:
 
     conf = compose_conf(overrides)
     from flwr.app import Context, RecordDict
+    from flwr.app.user_config import UserConfig
 
     from fedofa.types.errors import ConfigError
     from server.federation import build_parts
@@ -69,7 +70,7 @@ def simulate(overrides: Sequence[str]) -> None:
     if conf.runtime.name != "in_process":
         raise ConfigError(f"runtime.name: expected 'in_process', found {conf.runtime.name!r}")
     build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
-    run_config = {"config": encode_conf(conf)}
+    run_config: UserConfig = {"config": encode_conf(conf)}
     workers = conf.runtime.num_workers or available_cores()
     with InProcessGrid(num_nodes=conf.fleet.num_clients, run_config=run_config, num_workers=workers) as grid:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)

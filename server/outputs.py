@@ -29,7 +29,7 @@ COMPARISON_NAME = "FedAvg on the weakest device's subnet"
 
 
 def set_aside(output_dir: Path) -> None:
-    """Move an earlier run out of the way, so that nothing is lost: "simulate" becomes "simulate.2026-01-31T12-00-00"."""
+    """Move an earlier run out of the way, so that nothing is lost: "simulate" becomes "simulate.<date and time>"."""
     if any((output_dir / marker).exists() for marker in _MARKERS):
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
         target, number = output_dir.with_name(f"{output_dir.name}.{stamp}"), 1

@@ -51,7 +51,9 @@ class Progress:
 
     def fleet_planned(self, plan: FleetPlan) -> None:
         """Show who trains what, and who sits out and why."""
-        table = Table("device class", "clients", "MMACs", "parameters", "memory", "round", "limited by", title=self._title)
+        table = Table(
+            "device class", "clients", "MMACs", "parameters", "memory", "round", "limited by", title=self._title
+        )
         for name, (fit, clients) in plan.classes().items():
             table.add_row(name, str(clients), *_cells(fit))
         self._console.print(table)

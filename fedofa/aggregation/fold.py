@@ -22,7 +22,7 @@ from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 
 _RANK_TOLERANCE = 1e-12
-"""Relative singular value below which a direction of a least-squares problem counts as unseen (float64 rounding)."""
+"""Relative singular value below which a direction of a least-squares problem counts as unseen (float64 noise)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class FoldReport:
 
     Args:
         num_deltas, num_examples: folded in total.
-        covered_fraction: tensor name -> share of its coordinates that some client trained; untouched tensors are absent.
+        covered_fraction: tensor name -> share of its coordinates that some client trained, where that is not 0.
         truncated: tensor name -> directions of badly conditioned kernel transforms that were not followed back.
         delta_norm: L2 norm of the folded change over all tensors.
     """
@@ -103,7 +103,9 @@ class FoldSums:
             squared_norm += float(np.square(change).sum())
             if lost:
                 truncated[name] = lost
-        report = FoldReport(self.num_deltas, self.num_examples, covered_fraction, truncated, float(np.sqrt(squared_norm)))
+        report = FoldReport(
+            self.num_deltas, self.num_examples, covered_fraction, truncated, float(np.sqrt(squared_norm))
+        )
         return replace(state, version=state.version + 1, tensors=tensors, moments=moments), report
 
     def _solve(self, name: str, state: SharedState) -> tuple[np.ndarray, np.ndarray, int]:

@@ -37,7 +37,8 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
         parameter.grad = None
-    model.train().to(memory_format=torch.channels_last)  # depthwise convolutions are about twice as fast in it
+    model.train()
+    _use_channels_last(model)
     if plan.statistics == "frozen":
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -48,6 +49,13 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
     finally:
         for block in checkpointed:
             del block.forward  # the instance's override; the class's forward shows again
+
+
+def _use_channels_last(model: nn.Module) -> None:
+    """Depthwise convolutions train about twice as fast on a CPU with their channels innermost."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _checkpoint_block(model: nn.Module, name: str, plan: FineTunePlan) -> nn.Module:

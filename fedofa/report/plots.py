@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _INK, _GREY, _GRID = "#222222", "#666666", "#e6e6e6"
 _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _TITLE_POINTS, _TEXT_POINTS, _SMALL_POINTS = 13, 10, 9
 _LABEL_CHARACTERS = 22
-_TICK_STEPS = (1, 2, 5, 10)
+_TICK_STEPS = (1, 2, 2.5, 5, 10)
 _MARKER_RADIUS_POINTS = 3.5
 
 
@@ -78,17 +78,18 @@ class _Point:
 def _accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     subnets = _subnet_points(summary)
     points = [*subnets, *_comparison_points(summary)]
-    num_clients = int(_number(summary, "num_clients", "run summary"))
-    num_rounds = int(_number(summary, "rounds", "run summary"))
+    num_clients, num_rounds, seed = (
+        int(_number(summary, key, "run summary")) for key in ("num_clients", "rounds", "seed")
+    )
     figure = _new_figure(_accuracy_title(subnets), _HEIGHT_INCHES)
-    subtitle = f"{_count(num_clients, 'client')}, {_count(num_rounds, 'round')}, seed {summary.get('seed')}"
+    subtitle = f"{_count(num_clients, 'client')}, {_count(num_rounds, 'round')}, seed {seed}"
     figure.text(_LEFT, 1 - 0.56 / _HEIGHT_INCHES, subtitle, fontsize=_SMALL_POINTS, color=_GREY)
     axes = figure.add_axes((_LEFT, 0.105, _RIGHT - _LEFT, 0.735))
     _style(axes, "Accuracy on the global test set (%)")
     _scale_macs(axes, [point.macs_millions for point in points])
     _scale_percent(axes, [point.accuracy_percent for point in points], padding=0.22, least_padding=1.5)
     _draw_points(axes, points)
-    _place_labels(axes, points)
+    _label_points(axes, points)
     return figure
 
 
@@ -96,12 +97,12 @@ def _subnet_points(summary: Mapping[str, Any]) -> list[_Point]:
     """The distinct subnets in order of MACs."""
     entries_by_digest: dict[str, list[Mapping[str, Any]]] = {}
     for entry in summary.get("subnets") or ():
-        entries_by_digest.setdefault(entry.get("digest", ""), []).append(entry)
+        entries_by_digest.setdefault(_text(entry, "digest", "run summary, `subnets`"), []).append(entry)
     if not entries_by_digest:
         raise ConfigError("run summary: expected at least one entry in `subnets`, found none; evaluate a subnet first")
     points = []
     for entries in entries_by_digest.values():
-        label = ", ".join(dict.fromkeys(str(entry.get("name")) for entry in entries))
+        label = ", ".join(dict.fromkeys(_text(entry, "name", "run summary, `subnets`") for entry in entries))
         points.append(_point(entries[0], label, _binding_note(entries), is_subnet=True))
     return sorted(points, key=lambda point: (point.macs_millions, point.accuracy_percent))
 
@@ -110,7 +111,7 @@ def _comparison_points(summary: Mapping[str, Any]) -> list[_Point]:
     comparison = summary.get("comparison")
     if comparison is None:
         return []
-    return [_point(comparison, str(comparison.get("name")), "", is_subnet=False)]
+    return [_point(comparison, _text(comparison, "name", "run summary, `comparison`"), "", is_subnet=False)]
 
 
 def _point(entry: Mapping[str, Any], label: str, note: str, *, is_subnet: bool) -> _Point:
@@ -153,15 +154,13 @@ def _draw_points(axes: Axes, points: Sequence[_Point]) -> None:
     x, y = [point.macs_millions for point in subnets], [point.accuracy_percent for point in subnets]
     axes.plot(x, y, color=_PALETTE[0], linewidth=1, alpha=0.5, marker="")
     for point in points:
-        colour = _colour(point)
-        fill = colour if point.is_subnet else "white"
         axes.plot(
             point.macs_millions,
             point.accuracy_percent,
             marker="o",
-            markersize=2 * _MARKER_RADIUS_POINTS,
-            markerfacecolor=fill,
-            markeredgecolor=colour,
+            markersize=2 * _MARKER_RADIUS_POINTS + (0 if point.is_subnet else 2),
+            markerfacecolor=_colour(point) if point.is_subnet else "none",
+            markeredgecolor=_colour(point),
             markeredgewidth=1.5,
             zorder=3,
         )
@@ -174,6 +173,7 @@ def _colour(point: _Point) -> str:
 # Labels beside points
 
 _GAPS_POINTS = (4, 9, 15, 22, 30, 40, 52, 66, 82, 100, 120, 145, 170, 200)
+_NUM_SWEEPS = 3
 _LEADER_FROM_POINTS = 8  # labels further from their marker than this get a line to it
 # Where a label's centre may lie from its marker, in units of its half size: right and below first, then around.
 _SIDES = sorted(
@@ -182,53 +182,83 @@ _SIDES = sorted(
 )
 
 
-@dataclass
-class _Obstacles:
+@dataclass(frozen=True)
+class _Place:
+    """Where a label lies, and the line that leads to it from the edge of its marker, `(2, 2)`; both in points."""
+
+    box: Bbox
+    leader: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Surroundings:
     """What a label must not cover, and should not cross, in points."""
 
     frame: Bbox
-    markers: list[Bbox]
-    labels: list[Bbox]  # those placed so far
+    markers: list[Bbox]  # of the other points
     line: Polyline  # through the subnets
-    leaders: list[Polyline]  # of the labels placed so far
+    others: list[_Place]
 
-    def cost(self, box: Bbox, leader: np.ndarray, own: Bbox) -> float:
-        """Zero for a box that is free; `own` is the marker that the label belongs to."""
-        inside = self.frame.x0 <= box.x0 and box.x1 <= self.frame.x1
-        inside = inside and self.frame.y0 <= box.y0 and box.y1 <= self.frame.y1
-        covered = sum(box.overlaps(other) for other in (*self.markers, *self.labels))
-        way = Polyline(leader)
-        hidden = sum(line.intersects_bbox(box, filled=False) for line in self.leaders)
-        hidden += sum(way.intersects_bbox(label, filled=False) for label in self.labels)
-        crossed = int(self.line.intersects_bbox(box, filled=False))
-        crossed += sum(way.intersects_bbox(marker, filled=False) for marker in self.markers if marker is not own)
-        return 1e6 * (covered + (not inside)) + 1e3 * hidden + 40 * crossed
+    def cost(self, place: _Place) -> float:
+        """The length of the leader, and more for what the label or its leader covers."""
+        box, leader = place.box, Polyline(place.leader)
+        outside = bool(np.any(np.less(box.min, self.frame.min) | np.greater(box.max, self.frame.max)))
+        covered = sum(box.overlaps(other) for other in (*self.markers, *(other.box for other in self.others)))
+        hidden = sum(Polyline(other.leader).intersects_bbox(box, filled=False) for other in self.others)
+        hidden += sum(leader.intersects_bbox(other.box, filled=False) for other in self.others)
+        crossed = sum(leader.intersects_bbox(marker, filled=False) for marker in self.markers)
+        crossed += self.line.intersects_bbox(box, filled=False)
+        return 1e6 * (outside + covered) + 1e3 * hidden + 40 * crossed + _length(place.leader)
 
 
-def _place_labels(axes: Axes, points: Sequence[_Point]) -> None:
-    """Label each point, greedily in their order, at the nearest place that is free."""
+def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
     scale = 72 / _DPI
     data = [(point.macs_millions, point.accuracy_percent) for point in points]
     anchors = axes.transData.transform(data) * scale
-    markers = [Bbox([anchor, anchor]).padded(_MARKER_RADIUS_POINTS + 1.5) for anchor in anchors]
-    through = [anchor for anchor, point in zip(anchors, points, strict=True) if point.is_subnet]
-    frame = Bbox(axes.bbox.get_points() * scale)
-    obstacles = _Obstacles(frame, markers, [], Polyline(through), [])
-    for point, xy, anchor, marker in zip(points, data, anchors, markers, strict=True):
-        block = _label_block(point)
+    line = Polyline([anchor for anchor, point in zip(anchors, points, strict=True) if point.is_subnet])
+    blocks = [_label_block(point) for point in points]
+    for block in blocks:
         block.set_figure(axes.figure)  # a text has no size before it knows its figure
-        size = np.array(block.get_window_extent().size) * scale
-        box, leader = _best_place(anchor, size, marker, obstacles)
-        obstacles.labels.append(box)
-        obstacles.leaders.append(Polyline(leader))
-        offset = (box.get_points().mean(axis=0) - anchor).tolist()
-        artist = AnnotationBbox(
-            block, xy, xybox=tuple(offset), boxcoords="offset points", frameon=False, pad=0, annotation_clip=False
+    sizes = [np.array(block.get_window_extent().size) * scale for block in blocks]
+    places = _find_places(anchors, sizes, Bbox(axes.bbox.get_points() * scale), line)
+    for block, xy, anchor, place in zip(blocks, data, anchors, places, strict=True):
+        x, y = place.box.get_points().mean(axis=0) - anchor
+        axes.add_artist(
+            AnnotationBbox(
+                block, xy, (x, y), boxcoords="offset points", frameon=False, pad=0, annotation_clip=False, zorder=4
+            )
         )
-        axes.add_artist(artist)
-        if _length(leader) > _LEADER_FROM_POINTS:
-            ends = axes.transData.inverted().transform(leader / scale)
+        if _length(place.leader) > _LEADER_FROM_POINTS:
+            ends = axes.transData.inverted().transform(place.leader / scale)
             axes.plot(ends[:, 0], ends[:, 1], color=_GREY, linewidth=0.6, alpha=0.7, zorder=2)
+
+
+def _find_places(anchors: np.ndarray, sizes: Sequence[np.ndarray], frame: Bbox, line: Polyline) -> list[_Place]:
+    """The cheapest place for each label, one after the other, then again now that the other labels are known.
+
+    `anchors` are the markers' centres, `(num_labels, 2)`, `sizes` the labels' widths and heights, all in points.
+    """
+    markers = [Bbox([anchor, anchor]).padded(_MARKER_RADIUS_POINTS + 1.5) for anchor in anchors]
+    places: dict[int, _Place] = {}
+    for _ in range(_NUM_SWEEPS):
+        for index, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
+            others = [place for other, place in places.items() if other != index]
+            around = _Surroundings(frame, markers[:index] + markers[index + 1 :], line, others)
+            places[index] = min(_candidates(anchor, size), key=around.cost)
+    return [places[index] for index in range(len(anchors))]
+
+
+def _candidates(anchor: np.ndarray, size: np.ndarray) -> Iterator[_Place]:
+    for gap, side in itertools.product(_GAPS_POINTS, _SIDES):
+        centre = anchor + np.array(side) * (size / 2 + _MARKER_RADIUS_POINTS + gap)
+        box = Bbox([centre - size / 2, centre + size / 2]).padded(2)
+        end = np.clip(anchor, box.min, box.max)
+        direction = (end - anchor) / np.linalg.norm(end - anchor)
+        yield _Place(box, np.array([anchor + direction * (_MARKER_RADIUS_POINTS + 1), end]))
+
+
+def _length(leader: np.ndarray) -> float:
+    return float(np.linalg.norm(leader[1] - leader[0]))
 
 
 def _label_block(point: _Point) -> VPacker:
@@ -240,27 +270,6 @@ def _label_block(point: _Point) -> VPacker:
         style = {"fontsize": _SMALL_POINTS, "color": _GREY, "parse_math": False}
         lines.append(TextArea(point.note, textprops=style))
     return VPacker(children=lines, align="left", pad=0, sep=1)
-
-
-def _best_place(anchor: np.ndarray, size: np.ndarray, marker: Bbox, obstacles: _Obstacles) -> tuple[Bbox, np.ndarray]:
-    """The cheapest box of `size` near `anchor`, and the leader from the marker to it, all in points."""
-    places = []
-    for gap, side in itertools.product(_GAPS_POINTS, _SIDES):
-        centre = anchor + np.array(side) * (size / 2 + _MARKER_RADIUS_POINTS + gap)
-        box = Bbox([centre - size / 2, centre + size / 2]).padded(2)
-        places.append((box, _leader(anchor, box)))
-    return min(places, key=lambda place: obstacles.cost(*place, marker) + _length(place[1]))
-
-
-def _leader(anchor: np.ndarray, box: Bbox) -> np.ndarray:
-    """The two ends of the straight way from the edge of the marker at `anchor` to the nearest point of `box`."""
-    end = np.clip(anchor, box.min, box.max)
-    direction = (end - anchor) / max(float(np.linalg.norm(end - anchor)), 1e-9)
-    return np.array([anchor + direction * (_MARKER_RADIUS_POINTS + 1), end])
-
-
-def _length(leader: np.ndarray) -> float:
-    return float(np.linalg.norm(leader[1] - leader[0]))
 
 
 # The course of the rounds
@@ -303,7 +312,11 @@ def _rounds_figure(
 
 
 def _rounds_title(rounds: Sequence[Mapping[str, Any]], subnets: Sequence[_Curve]) -> str:
-    clients = {member["client"] for entry in rounds for member in entry.get("cohort") or ()}
+    clients = {
+        _text(member, "client", f"round {entry.get('round')}, `cohort`")
+        for entry in rounds
+        for member in entry.get("cohort") or ()
+    }
     title = f"{_count(len(clients), 'client')}, {_count(len(rounds), 'round')}"
     if not subnets:
         return title
@@ -469,6 +482,7 @@ def _label_ends(axes: Axes, curves: Sequence[_Curve]) -> None:
         )
         for curve, end in zip(curves, ends, strict=True)
     ]
+    axes.autoscale_view()  # otherwise matplotlib fits the limits when it draws, after the labels have their places
     heights = [Text.get_window_extent(label).height + 4 for label in labels]
     centres = [axes.transData.transform(end)[1] for end in ends]
     pixels = _spread(centres, heights, axes.bbox.y0, axes.bbox.y1)
@@ -543,6 +557,13 @@ def _number(entry: Mapping[str, Any], key: str, where: str, *, low: float = 0, h
             f"{where}: expected `{key}` to be a number {bounds}, found {value!r}; record it and draw again"
         )
     return number
+
+
+def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: expected `{key}` to be a text, found {value!r}; record it and draw again")
+    return value
 
 
 def _finite(value: object) -> float:

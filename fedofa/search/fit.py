@@ -1,8 +1,8 @@
 """The best subnet and plan that fit a device's budgets.
 
-"Best" is a value of the subnet that the caller chooses; without an accuracy predictor, `capacity` stands in. The search
-takes the best feasible uniform subnet (one value an axis) and climbs from it, one position and one step at a time, until
-every move up breaks a budget: seconds of counting, no training, and the same result every time.
+Without an accuracy predictor, "best" is the subnet of most `capacity`. The search takes the best feasible uniform
+subnet (one value an axis) and climbs from it, one position and one step at a time, until every move up breaks a budget:
+seconds of counting, no training, and the same result every time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PlanOf = Callable[[Sequence[BlockCost]], FineTunePlan]
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What a round may cost a device: memory above the engine's floor, and seconds for download, training and upload."""
+    """What a round may cost a device: bytes above the engine's floor; seconds for download, training and upload."""
 
     memory_bytes: float
     round_seconds: float
@@ -57,7 +57,7 @@ class Fit:
 
 
 def capacity(cost: RoundCost) -> float:
-    """A stand-in for accuracy: log MACs plus log parameters, so that neither depth nor width nor resolution is ignored."""
+    """A stand-in for accuracy: log MACs plus log parameters, so that no axis of the space is ignored."""
     return math.log(max(cost.macs, 1)) + math.log(max(cost.num_parameters, 1))
 
 
@@ -86,16 +86,13 @@ class FitSearch:
         """
         closest: tuple[float, str] | None = None
         for group in self.plans:
-            fits = []
-            for plan_of in group:
-                pricing = _Pricing(self, plan_of, profile, work, budgets)
-                start = pricing.best_uniform()
-                if start is not None:
-                    fits.append(pricing.climb(start))
-                else:
-                    closest = min(filter(None, (closest, pricing.miss())))
+            priced = [_Pricing(self, plan_of, profile, work, budgets) for plan_of in group]
+            fits = [pricing.climb(start) for pricing in priced if (start := pricing.best_uniform()) is not None]
             if fits:
-                return max(fits, key=lambda fit: capacity(fit.cost))  # the first of equals: without recomputation
+                best = max(fits, key=lambda fit: capacity(fit.cost))
+                plain = next(pricing for pricing in priced if not budgets.exceeded(pricing.cost(best.subnet)))
+                return plain.fit(best.subnet, best.binding)  # the first plan that fits it: recompute only at need
+            closest = min(item for item in (closest, *(pricing.miss() for pricing in priced)) if item is not None)
         raise InfeasibilityError(
             f"no subnet of {self.space.family!r} fits a {profile.device_class!r} device: "
             f"{closest[1] if closest else 'no plan was given'}"
@@ -105,9 +102,8 @@ class FitSearch:
         """The given subnet under the first plan that fits, or None."""
         for plan_of in itertools.chain.from_iterable(self.plans):
             pricing = _Pricing(self, plan_of, profile, work, budgets)
-            cost = pricing.cost(subnet)
-            if not budgets.exceeded(cost):
-                return Fit(subnet, plan_of(self.blocks(subnet)), cost, "chosen")
+            if not budgets.exceeded(pricing.cost(subnet)):
+                return pricing.fit(subnet, "chosen")
         return None
 
 
@@ -124,6 +120,9 @@ class _Pricing:
     def cost(self, subnet: SubnetConfig) -> RoundCost:
         blocks = self.search.blocks(subnet)
         return self.search.cost_model.cost(blocks, self.plan_of(blocks), self.profile, self.work)
+
+    def fit(self, subnet: SubnetConfig, binding: str) -> Fit:
+        return Fit(subnet, self.plan_of(self.search.blocks(subnet)), self.cost(subnet), binding)
 
     def best_uniform(self) -> SubnetConfig | None:
         """The most capable feasible subnet with one value an axis."""
@@ -145,14 +144,14 @@ class _Pricing:
                         better.append((capacity(priced), neighbour.choices, neighbour, priced))
             if not better:
                 binding = blocked.most_common(1)[0][0] if blocked else "none"
-                return Fit(subnet, self.plan_of(self.search.blocks(subnet)), cost, binding)
+                return self.fit(subnet, binding)
             _, _, subnet, cost = max(better, key=lambda item: item[:2])
 
     def miss(self) -> tuple[float, str]:
         """How far the smallest subnet is from fitting: the worst factor, and in words."""
         smallest = self.search.space.smallest()
         cost = self.cost(smallest)
-        over = self.budgets.exceeded(cost) or {"every uniform subnet": 1.0}
+        over = self.budgets.exceeded(cost)
         needs = {
             "memory": f"{cost.training_bytes:,} bytes of memory, has {self.budgets.memory_bytes:,.0f}",
             "round time": f"{cost.round_seconds:.1f} s a round, may take {self.budgets.round_seconds:.1f} s",
@@ -161,7 +160,9 @@ class _Pricing:
             f"{name} is exceeded {factor:.2f} times (needs {needs.get(name.split(' (')[0], '')})"
             for name, factor in over.items()
         )
-        return max(over.values()), f"even the smallest, under plan {self.plan_of(self.search.blocks(smallest)).name!r}: {words}"
+        return max(
+            over.values()
+        ), f"even the smallest, under plan {self.plan_of(self.search.blocks(smallest)).name!r}: {words}"
 
 
 def uniform_subnets(space: SearchSpace) -> Iterator[SubnetConfig]:

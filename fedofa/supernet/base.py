@@ -107,7 +107,9 @@ class Supernet(nn.Module, ABC):
         source = self.shared() if shared is None else shared
         with torch.no_grad():
             tensors = self.slice_map(subnet).extract(source)
-            own = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            own = {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+            }
         return assemble(self.skeleton(subnet), own)
 
     @final

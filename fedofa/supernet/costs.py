@@ -119,7 +119,5 @@ def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
     features = spec.mix.out_channels
     kept = features if spec.dropout == 0 else 2 * features
     head = tuple(spec.classifier_parameters())
-    costs.append(
-        BlockCost("classifier", features * spec.num_classes, kept, features, spec.num_classes, features, head)
-    )
+    costs.append(BlockCost("classifier", features * spec.num_classes, kept, features, spec.num_classes, features, head))
     return tuple(costs)

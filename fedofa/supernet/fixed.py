@@ -30,9 +30,7 @@ class FixedSupernet(Supernet):
             without one the supernet serves in one process only.
     """
 
-    def __init__(
-        self, module: nn.Module, input_shape: Sequence[int], origin: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, input_shape: Sequence[int], origin: Mapping[str, Any] | None = None) -> None:
         super().__init__(SearchSpace(FAMILY, ()), module)
         self._input_shape = tuple(input_shape)
         self._origin = dict(origin or {})
@@ -110,7 +108,9 @@ def _storage(tensor: Tensor) -> int:
 
 def _parameter_table(module: nn.Module) -> list[ParameterSpec]:
     norms = {
-        name for name, child in module.named_modules() if isinstance(child, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm)
     }
     table = []
     for name, tensor in module.named_parameters():

@@ -25,12 +25,14 @@ def channel_ordering(spec: NetworkSpec, tensors: Mapping[str, np.ndarray]) -> di
         if block.mid_group is not None:
             ordering[block.mid_group] = _descending(tensors[f"{block.name}.project.conv.weight"], whole)
         if block.squeeze_excite is not None:
-            ordering[f"{block.name}.squeeze"] = _descending(tensors[f"{block.name}.squeeze_excite.expand.conv.weight"], 1)
+            ordering[f"{block.name}.squeeze"] = _descending(
+                tensors[f"{block.name}.squeeze_excite.expand.conv.weight"], 1
+            )
     return ordering
 
 
 def _descending(weight: np.ndarray, whole: int) -> np.ndarray:
-    """Input channels of `(out, in, 1, 1)` by falling L1 norm, moved in runs of `whole` channels; ties keep their order."""
+    """Input channels of `(out, in, 1, 1)` by falling L1 norm, moved in runs of `whole` channels."""
     norms = np.abs(weight).sum(axis=(0, 2, 3), dtype=np.float64).reshape(-1, whole).sum(axis=1)
     runs = np.argsort(-norms, kind="stable")
     return (runs[:, None] * whole + np.arange(whole)).ravel().astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -172,8 +173,10 @@ class MobileNetV3Spec:
         unknown = sorted(set(value) - {item.name for item in fields(cls)})
         if unknown:
             raise ConfigError(f"supernet: unknown settings {unknown}; known: {[item.name for item in fields(cls)]}")
-        settings = {key: tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else item
-                    for key, item in value.items()}
+        settings: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, Sequence) and not isinstance(item, str) else item
+            for key, item in value.items()
+        }
         if "stages" in settings:
             settings["stages"] = tuple(
                 stage if isinstance(stage, StageSpec) else StageSpec(**stage) for stage in settings["stages"]
@@ -241,7 +244,7 @@ def _register_matrices(network: Network, spec: MobileNetV3Spec) -> None:
     sizes = sorted(spec.kernels, reverse=True)
     for stage in list(network.stages)[1:]:
         for block in stage:  # type: ignore[union-attr]
-            for source, target in zip(sizes, sizes[1:], strict=False):
+            for source, target in itertools.pairwise(sizes):
                 name = matrix_name("", source, target).removeprefix(".")
                 matrix = nn.Parameter(torch.empty(target**2, target**2, device="meta"))
                 block.depthwise.register_parameter(name, matrix)
@@ -254,7 +257,9 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
             if ".matrix_" in name:
                 parameter.copy_(torch.eye(len(parameter)))
             elif parameter.dim() == 4:
-                fan_out = parameter.shape[0] * parameter[0, 0].numel() if parameter.shape[1] > 1 else parameter[0].numel()
+                fan_out = (
+                    parameter.shape[0] * parameter[0, 0].numel() if parameter.shape[1] > 1 else parameter[0].numel()
+                )
                 parameter.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
             elif parameter.dim() == 2:
                 parameter.normal_(0.0, 0.01, generator=generator)

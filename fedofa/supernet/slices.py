@@ -7,6 +7,7 @@ Both are linear, so one map serves extraction, folding and lifting.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,7 +52,7 @@ class KernelTransform:
     def between(cls, depthwise: str, sizes: Sequence[int], target: int) -> KernelTransform:
         """The steps from the largest of the elastic `sizes` down to `target`, for the block's depthwise convolution."""
         steps = tuple(size for size in sorted(sizes, reverse=True) if size >= target)
-        names = tuple(matrix_name(depthwise, a, b) for a, b in zip(steps, steps[1:], strict=False))
+        names = tuple(matrix_name(depthwise, a, b) for a, b in itertools.pairwise(steps))
         return cls(steps, names)
 
     def apply(self, kernel: T, shared: Mapping[str, T]) -> T:

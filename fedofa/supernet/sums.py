@@ -49,8 +49,8 @@ def _orthogonal(index: Index, shape: tuple[int, ...]) -> tuple[slice | np.ndarra
 class TensorSums:
     """Weighted sums for one shared tensor.
 
-    A tensor is summed in one or more *views*: "weight" for plain slices, and one a kernel size (`"3"`, `"5"`, `"7"`) for
-    elastic depthwise kernels, whose small views are linear images of the large kernel and not slices of it.
+    A tensor is summed in one or more *views*: "weight" for plain slices, and one a kernel size ("3", "5") for elastic
+    depthwise kernels, whose small sizes are linear images of the large kernel and not slices of it.
 
     Args:
         totals: view -> int64, examples * delta in fixed point, in the view's full shape.
@@ -116,6 +116,6 @@ def check_term(name: str, values: np.ndarray, weight: int) -> None:
     largest = float(np.max(np.abs(values), initial=0.0)) * weight
     if not largest <= MAX_TERM:
         raise FoldError(
-            f"parameter {name!r}: examples * |delta| reaches {largest:.6g}, more than the fixed-point sum takes for one "
+            f"parameter {name!r}: examples * |delta| reaches {largest:.6g}, more than the fixed-point sum takes from a "
             f"client ({MAX_TERM:.6g}); the delta is left out. Clip the client's update or lower its example count"
         )

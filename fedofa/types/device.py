@@ -33,9 +33,8 @@ class DeviceProfile:
         for item in fields(self)[1:]:
             value = getattr(self, item.name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ConfigError(
-                    f"device class {self.device_class!r}, {item.name}: expected a positive finite number, found {value!r}"
-                )
+                where = f"device class {self.device_class!r}, {item.name}"
+                raise ConfigError(f"{where}: expected a positive finite number, found {value!r}")
         if self.availability > 1:
             raise ConfigError(
                 f"device class {self.device_class!r}, availability: expected a probability in (0, 1], "

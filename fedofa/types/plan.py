@@ -19,7 +19,7 @@ class FineTunePlan:
         name: the kind of plan ("full", "last_blocks(2)", "head", "bias"), for people.
         trainable: the names of the parameters that train, in the subnet's order; everything else is frozen.
         recompute: names of the blocks whose activations are recomputed in the backward pass (gradient checkpointing).
-        statistics: "batch" normalises with each batch's own statistics, "frozen" with the received ones (batch norm only).
+        statistics: for batch norm: "batch" normalises with each batch's own, "frozen" with the received ones.
     """
 
     name: str

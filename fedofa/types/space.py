@@ -176,7 +176,7 @@ class SearchSpace:
         )
 
     def neighbours(self, subnet: SubnetConfig, rng: np.random.Generator) -> Iterator[SubnetConfig]:
-        """Every subnet one step of one position away, in an order drawn from `rng`; revived positions start smallest."""
+        """Every subnet one step of one position away, in random order; positions that appear start at the smallest."""
         self.check(subnet)
         moves = [
             (axis, position, index + step)

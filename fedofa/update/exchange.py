@@ -72,7 +72,9 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
         header["plan"] = FineTunePlan.from_json(header["plan"])
         return ClientTask(**header), packed.streams.get(_WEIGHTS, {})
     except (KeyError, TypeError, FedofaError) as error:
-        raise WireError(f"the task's header is not understood: {error}; do server and client run the same release?") from error
+        raise WireError(
+            f"the task's header is not understood: {error}; do server and client run the same release?"
+        ) from error
 
 
 def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
