@@ -19,6 +19,17 @@ Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune
 of a file under conf/."""
 
 
+# Read when numpy, torch and flwr are first imported. The workers keep every core busy: more threads in this process
+# would only make its short tasks wait for each other.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `fedofa` command; returns the exit status: 0 done, 1 failed on bad input, 2 wrong usage."""
     from fedofa.types.errors import FedofaError
@@ -53,8 +64,8 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 def simulate(overrides: Sequence[str]) -> None:
     """Run the ServerApp in this process and the ClientApp in worker processes."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from conf.compose import compose_conf, encode_conf
 
     conf = compose_conf(overrides)

@@ -25,7 +25,12 @@ def ofa_networks():
     try:
         import torchvision  # noqa: F401
     except ImportError:
-        for name in ("torchvision", "torchvision.transforms", "torchvision.datasets", "torchvision.transforms.functional"):
+        for name in (
+            "torchvision",
+            "torchvision.transforms",
+            "torchvision.datasets",
+            "torchvision.transforms.functional",
+        ):
             stub = _Stub(name)
             stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
             stub.__path__ = []

@@ -26,10 +26,10 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: in
         inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
         labels: `(num_examples,)`, int64.
     """
-    model.eval()
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     correct, loss = 0, 0.0
     for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
-        logits = model(x)
+        logits = model(x.contiguous(memory_format=torch.channels_last))
         correct += int((logits.argmax(1) == y).sum())
         loss += float(functional.cross_entropy(logits, y, reduction="sum"))
     return Score(correct / len(labels), loss / len(labels), len(labels))

@@ -1,4 +1,4 @@
-"""Supernets, cohorts and deltas for the property tests: small, with every axis elastic and matrices off the identity."""
+"""Supernets and deltas for the property tests: small, every axis elastic, matrices off the identity."""
 
 import numpy as np
 import torch

@@ -107,7 +107,9 @@ def test_law_2_a_badly_conditioned_transform_is_truncated_and_reported():
     sums.add(random_delta(supernet, subnet, np.random.default_rng(0)))
     after, report = sums.finish(supernet.state(), Plain())
     assert report.truncated == {"stages.1.0.depthwise.conv.weight": 1}
-    change = after.tensors["stages.1.0.depthwise.conv.weight"] - supernet.state().tensors["stages.1.0.depthwise.conv.weight"]
+    change = (
+        after.tensors["stages.1.0.depthwise.conv.weight"] - supernet.state().tensors["stages.1.0.depthwise.conv.weight"]
+    )
     assert np.abs(change).max() < 100, "an untruncated lift would blow this direction up by 1e6"
 
 
@@ -235,7 +237,11 @@ def test_server_optimisers_are_lazy(seed, counts, optimiser):
             if name in delta.weights:
                 item = SUPERNET.slice_map(delta.subnet)[name]
                 channels = item.lift(np.ones(item.shape), STATE.tensors)
-                touched |= (np.abs(channels).reshape(len(channels), -1).max(1) > 0).reshape(-1, *[1] * (touched.ndim - 1)) if item.kernel else channels > 0
+                touched |= (
+                    (np.abs(channels).reshape(len(channels), -1).max(1) > 0).reshape(-1, *[1] * (touched.ndim - 1))
+                    if item.kernel
+                    else channels > 0
+                )
         assert_bit_identical(first.tensors[name][~touched], second.tensors[name][~touched])
         for kind, arrays in first.moments.items():
             if name in arrays:

@@ -96,7 +96,9 @@ def test_changing_the_ordering_leaves_the_largest_subnet_unchanged(seed):
     for norm in ("group", "batch"):
         supernet = build_supernet(seed % 7, norm=norm, shuffled=False).eval()
         shuffled = build_supernet(seed % 7, norm=norm, shuffled=True).eval()
-        shuffled.set_ordering(channel_ordering(shuffled.network_spec(shuffled.space.largest()), shuffled.state().tensors))
+        shuffled.set_ordering(
+            channel_ordering(shuffled.network_spec(shuffled.space.largest()), shuffled.state().tensors)
+        )
         x = torch.randn(2, 1, 20, 20, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             a, b = (net(x, net.space.largest()) for net in (supernet, shuffled))
