@@ -113,6 +113,7 @@ class FinetuneConf:
     label_smoothing: float = MISSING
     proximal_mu: float = MISSING
     max_gradient_norm: float = MISSING
+    max_shift: int = MISSING  # random shifts of the images, in pixels at the subnet's resolution
 
 
 @dataclass

@@ -18,7 +18,7 @@ class Score:
     num_examples: int
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 250) -> Score:
     """Score a module in evaluation mode.
 

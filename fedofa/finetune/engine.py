@@ -43,8 +43,10 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-    checkpointed = [_checkpoint_block(model, name, plan) for name in plan.recompute]
+    checkpointed = []
     try:
+        for name in plan.recompute:
+            checkpointed.append(_checkpoint_block(model, name, plan))
         yield [parameters[name] for name in plan.trainable]
     finally:
         for block in checkpointed:

@@ -31,6 +31,7 @@ class LocalTraining:
         label_smoothing: share of the target spread over all classes.
         proximal_mu: FedProx term mu/2 |w - received|^2 (arXiv 1812.06127, equation 2).
         max_gradient_norm: gradients are scaled down to this L2 norm; 0 leaves them as they are.
+        max_shift: random augmentation: each image of a batch is moved by up to so many pixels along both sides.
     """
 
     optimiser: str = "sgd"
@@ -43,12 +44,13 @@ class LocalTraining:
     label_smoothing: float = 0.0
     proximal_mu: float = 0.0
     max_gradient_norm: float = 0.0
+    max_shift: int = 0
 
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
             raise ConfigError(f"finetune.optimiser: expected one of {list(OPTIMISERS)}, found {self.optimiser!r}")
         for name, least in (("learning_rate", 0.0), ("weight_decay", 0.0), ("proximal_mu", 0.0), ("epochs", 1),
-                            ("max_steps", 0), ("batch_size", 1), ("max_gradient_norm", 0.0)):  # fmt: skip
+                            ("max_steps", 0), ("batch_size", 1), ("max_gradient_norm", 0.0), ("max_shift", 0)):  # fmt: skip
             value = getattr(self, name)
             if not value >= least or math.isinf(value):
                 raise ConfigError(f"finetune.{name}: expected at least {least}, found {value!r}")
@@ -97,7 +99,7 @@ def fine_tune(
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
         for batch in _batches(len(labels), training, generator):
             optimiser.zero_grad(set_to_none=True)
-            logits = model(inputs[batch])
+            logits = model(shifted(inputs[batch], training.max_shift, generator))
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=training.label_smoothing)
             loss.backward()
             _add_proximal_gradient(parameters, anchors, training.proximal_mu)
@@ -111,6 +113,24 @@ def fine_tune(
     }
     mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
     return FineTuneResult(weights, len(losses), mean_loss)
+
+
+def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
+    """Every image moved by its own random offset of at most `max_shift` pixels; its edge pixels fill the gap.
+
+    Args:
+        images: `(batch, channels, height, width)`; the result has the same shape, channels innermost in memory.
+    """
+    if not max_shift:
+        return images
+    batch, _, height, width = images.shape
+    offsets = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), generator=generator)
+    rows = (torch.arange(height) + offsets[0]).clamp_(0, height - 1)
+    columns = (torch.arange(width) + offsets[1]).clamp_(0, width - 1)
+    examples = torch.arange(batch)
+    return images.permute(0, 2, 3, 1)[examples[:, None, None], rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
 
 
 def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> torch.optim.Optimizer:

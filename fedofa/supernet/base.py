@@ -173,5 +173,5 @@ class Supernet(nn.Module, ABC):
             )
         with torch.no_grad():
             for name, tensor in shared.items():
-                tensor.copy_(torch.from_numpy(np.ascontiguousarray(state.tensors[name])))
+                tensor.copy_(torch.from_numpy(np.array(state.tensors[name])))  # 0-d arrays stay 0-d
         self.set_ordering(state.ordering)

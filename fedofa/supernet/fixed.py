@@ -71,7 +71,7 @@ class _Trace:
         self.flops = 0
         self.sizes = (0, 0)
         self.kept: list[Tensor] = []
-        self.own = {_storage(parameter) for parameter in child.parameters()}
+        self.own = {_storage(tensor) for tensor in (*child.parameters(), *child.buffers())}
         self.counter = FlopCounterMode(display=False)
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         child.register_forward_pre_hook(self._enter)

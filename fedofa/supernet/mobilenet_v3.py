@@ -202,6 +202,7 @@ class MobileNetV3Supernet(Supernet):
         if generator is not None:
             network.to_empty(device=generator.device)
             initialise(network, generator)
+            self._start_residuals_at_identity()
 
     @classmethod
     def published(cls, width: float = 1.0, generator: torch.Generator | None = None) -> MobileNetV3Supernet:
@@ -218,6 +219,17 @@ class MobileNetV3Supernet(Supernet):
             feature_width=make_divisible(spec.feature_width * width),
         )
         return cls(scaled, generator)
+
+    def _start_residuals_at_identity(self) -> None:
+        """Zero the last norm's scale of every residual block (arXiv 1706.02677, section 5.1).
+
+        Subnets of different depth are then the same function at the start, and their deltas agree from the first round.
+        """
+        parameters = dict(self.network.named_parameters())
+        with torch.no_grad():
+            for block in self.network_spec(self.space.largest()).blocks:
+                if block.residual:
+                    parameters[f"{block.name}.project.norm.weight"].zero_()
 
     def network_spec(self, subnet: SubnetConfig) -> NetworkSpec:
         """The description of one subnet."""

@@ -44,7 +44,7 @@ class FineTunePlan:
                 str(value["name"]), tuple(value["trainable"]), tuple(value["recompute"]), str(value["statistics"])
             )
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"not a fine-tuning plan: {error!r} in {dict(value)!r:.200}") from error
+            raise ConfigError(f"not a fine-tuning plan: {error!r} in {value!r:.200}") from error
 
     def digest(self) -> str:
         """16 hex digits over everything that the plan says."""

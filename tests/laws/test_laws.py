@@ -1,11 +1,9 @@
 """The laws of folding, as properties over mixed cohorts: kernels 3, 5 and 7, matrices away from the identity."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from cohorts import build_supernet, example_counts, make_delta, random_delta, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +11,6 @@ from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain
 from fedofa.supernet.sums import MAX_DELTAS, MAX_TERM
 from fedofa.types.errors import FoldError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cohorts import build_supernet, example_counts, make_delta, random_delta, seeds
 
 SUPERNET = build_supernet()
 STATE = SUPERNET.state()

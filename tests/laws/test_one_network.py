@@ -1,20 +1,15 @@
 """Law 6: subnets cut from published-format weights are the peer package's; the ordering does not change the largest."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from cohorts import build_supernet, seeds
 from hypothesis import given, settings
 
 from fedofa.supernet.importance import channel_ordering
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.published import load_published_weights, published_names
 from fedofa.types.errors import CheckpointError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cohorts import build_supernet, seeds
 
 
 def randomised(network, seed=0):

@@ -1,0 +1,94 @@
+"""The stream of messages: bounded, lazy, one attributed reply for each."""
+
+import itertools
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
+
+from server.carrier import assume_identity
+from server.stream import stream_replies
+
+
+class ScriptedGrid:
+    """Answers in batches, newest first; nodes in `silent` never, nodes in `forged` in another's name."""
+
+    def __init__(self, *, batch=2, silent=(), forged=(), failing=()):
+        assume_identity(1, 0)
+        self.batch, self.silent, self.forged, self.failing = batch, set(silent), set(forged), set(failing)
+        self.open, self.most_open, self.counter = {}, 0, itertools.count()
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            message_id = f"m{next(self.counter)}"
+            message.metadata.__dict__["_message_id"] = message_id
+            self.open[message_id] = message
+            ids.append(message_id)
+        self.most_open = max(self.most_open, len(self.open))
+        return ids
+
+    def pull_messages(self, message_ids):
+        ready = [i for i in reversed(message_ids) if self.open[i].metadata.dst_node_id not in self.silent]
+        return [self._reply(self.open.pop(message_id)) for message_id in ready[: self.batch]]
+
+    def _reply(self, message):
+        node = message.metadata.dst_node_id
+        if node in self.failing:
+            error = Message(Error(2, "broken"), reply_to=message)
+            error.metadata.__dict__["_src_node_id"] = 1
+            return error
+        reply = Message(RecordDict({"x": ConfigRecord({"node": node})}), reply_to=message)
+        if node in self.forged:
+            data = {
+                key: getattr(reply.metadata, key)
+                for key in (
+                    "run_id",
+                    "message_id",
+                    "dst_node_id",
+                    "reply_to_message_id",
+                    "group_id",
+                    "created_at",
+                    "ttl",
+                    "message_type",
+                )
+            }
+            return make_message(metadata=Metadata(src_node_id=999, **data), content=reply.content)
+        return reply
+
+
+def questions(count, taken):
+    for node in range(10, 10 + count):
+        taken.append(node)
+        yield Message(RecordDict(), node, MessageType.QUERY)
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 3, 50])
+def test_every_message_gets_one_reply_and_few_are_out(max_in_flight):
+    grid, taken, most_ahead = ScriptedGrid(), [], 0
+    replies = []
+    for reply in stream_replies(grid, questions(20, taken), max_in_flight=max_in_flight, reply_seconds=60):
+        replies.append(reply)
+        most_ahead = max(most_ahead, len(taken) - len(replies) + 1)
+    assert sorted(reply.metadata.src_node_id for reply in replies) == list(range(10, 30))
+    assert all(reply.content["x"]["node"] == reply.metadata.src_node_id for reply in replies)
+    assert grid.most_open <= max_in_flight
+    assert most_ahead <= max_in_flight + 1, "messages are made only when there is room"
+
+
+def test_failures_are_attributed_to_the_node_that_was_asked():
+    grid = ScriptedGrid(batch=1, silent=[11], forged=[12], failing=[13])
+    replies = {
+        reply.metadata.src_node_id: reply
+        for reply in stream_replies(grid, questions(5, []), max_in_flight=5, reply_seconds=0.3)
+    }
+    assert set(replies) == {10, 11, 12, 13, 14}
+    assert replies[10].has_content()
+    assert "no answer within 0.3 s" in replies[11].error.reason
+    assert "node 999 answered" in replies[12].error.reason
+    assert replies[13].error.reason == "broken"
+
+
+def test_no_messages_no_replies():
+    assert list(stream_replies(ScriptedGrid(), iter(()), max_in_flight=3, reply_seconds=1)) == []
