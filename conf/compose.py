@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -31,7 +32,7 @@ def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
             composed = compose("config", list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(explain(error)) from error
     return check_conf(composed)
 
@@ -81,6 +82,8 @@ def explain(error: Exception, prefix: str = "") -> str:
     if group:
         options = _first(r"(?s)Available options in '[^']+':\n(.*?)(?:\n\S|$)", text) or ""
         return f"{group[1]}: no such option; available: {', '.join(options.split())}"
+    if "Config group override" in text:
+        return f"a group (data, partition, fleet, supernet, finetune, aggregation, runtime) needs a name: {reason}"
     if key is None:
         return reason
     unknown = "not in struct" in text or "not in '" in text  # Hydra's words, then OmegaConf's
@@ -122,11 +125,17 @@ def encode_conf(conf: SimulateConf) -> str:
 
 def load_conf(run_config: Mapping[str, Any]) -> SimulateConf:
     """The configuration of a Flower app from its run config: `config` (JSON), else `overrides` (one string)."""
-    return _load_conf(str(run_config.get("config", "")), str(run_config.get("overrides", "")))
+    return copy.deepcopy(_load_conf(str(run_config.get("config", "")), str(run_config.get("overrides", ""))))
 
 
 @lru_cache(maxsize=4)
 def _load_conf(config: str, overrides: str) -> SimulateConf:
-    if config:
-        return check_conf(cast(DictConfig, OmegaConf.create(json.loads(config))))
-    return compose_conf(shlex.split(overrides))
+    try:
+        settings, words = (json.loads(config) if config else None), shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"run config: neither 'config' (JSON) nor 'overrides' can be read: {error}") from error
+    if settings is None:
+        return compose_conf(words)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"run config: expected a JSON object under 'config', found {config!r:.80}")
+    return check_conf(OmegaConf.create(settings))

@@ -105,6 +105,7 @@ class FinetuneConf:
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
     optimiser: str = MISSING  # "sgd" | "adamw"
     learning_rate: float = MISSING
+    decay: str = MISSING  # of the learning rate over the rounds: "none" | "cosine" (to a hundredth)
     momentum: float = MISSING
     weight_decay: float = MISSING
     epochs: int = MISSING

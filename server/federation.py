@@ -22,13 +22,14 @@ from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError
+from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
 from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
 
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
-_FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+_DECAYS = ("none", "cosine")
 _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation")
 """Settings that a resumed run may change: they do not change what a round computes."""
@@ -57,6 +58,7 @@ class Parts:
             reply_seconds=conf.fleet.reply_seconds,
             evaluate_every=conf.evaluation.every,
             float_dtype=conf.aggregation.float_dtype,
+            decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
             uniform=uniform,
         )
         return FedOFA(
@@ -123,6 +125,8 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
     settings = json.loads(encode_conf(conf))
     for name in _MAY_CHANGE:
         settings.pop(name)
+    if conf.finetune.decay != "none":
+        settings["rounds"] = conf.rounds  # the learning rate of every round depends on how many there are
     settings["fleet"].pop("max_in_flight")
     settings["fleet"].pop("reply_seconds")
     settings["data"].pop("cache_dir")
@@ -180,9 +184,11 @@ def _check(conf: SimulateConf) -> None:
         )
     if conf.finetune.recompute not in _RECOMPUTE:
         raise ConfigError(f"finetune.recompute: expected one of {list(_RECOMPUTE)}, found {conf.finetune.recompute!r}")
+    if conf.finetune.decay not in _DECAYS:
+        raise ConfigError(f"finetune.decay: expected one of {list(_DECAYS)}, found {conf.finetune.decay!r}")
     if not conf.finetune.plans:
         raise ConfigError("finetune.plans: expected at least one plan, found none")
-    if conf.aggregation.float_dtype not in _FLOAT_DTYPES:
+    if conf.aggregation.float_dtype not in FLOAT_DTYPES:
         raise ConfigError(
-            f"aggregation.float_dtype: expected one of {list(_FLOAT_DTYPES)}, found {conf.aggregation.float_dtype!r}"
+            f"aggregation.float_dtype: expected one of {list(FLOAT_DTYPES)}, found {conf.aggregation.float_dtype!r}"
         )

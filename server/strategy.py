@@ -36,6 +36,11 @@ from server.stream import stream_replies
 _COHORT_STREAM = 2
 """Tells the cohort's random numbers from others that are drawn from the same seed."""
 
+MAX_EXAMPLES = 10**7
+"""Training examples that a client may state; it is the client's weight in the fold."""
+_FINAL_RATE = 0.01
+"""Share of the learning rate that is left in the last round of a decay."""
+
 
 @dataclass(frozen=True, slots=True)
 class FederationSettings:
@@ -48,6 +53,7 @@ class FederationSettings:
     reply_seconds: float
     evaluate_every: int
     float_dtype: str
+    decay_rounds: int = 0  # the clients' learning rate falls along a cosine over so many rounds; 0: it is constant
     uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
 
 
@@ -179,7 +185,7 @@ class FedOFA(Strategy):
             subnet=fit.subnet,
             plan=fit.plan,
             supernet=self.supernet.description(),
-            training=asdict(self.training),
+            training=asdict(self._training(server_round)),
             normalisation=self.scorer.normalisation,
             seed=self.settings.seed,
             float_dtype=self.settings.float_dtype,
@@ -314,6 +320,14 @@ class FedOFA(Strategy):
         own = {name: fit.subnet for name, (fit, _) in self.plan.classes().items()}
         return {"largest": space.largest(), "smallest": space.smallest(), **own}
 
+    def _training(self, server_round: int) -> LocalTraining:
+        """The recipe of a round: the learning rate falls along a half cosine to a hundredth of its first value."""
+        if not self.settings.decay_rounds:
+            return self.training
+        done = min(1.0, (server_round - 1) / max(1, self.settings.decay_rounds - 1))
+        factor = _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return replace(self.training, learning_rate=self.training.learning_rate * factor)
+
     def _work(self, num_examples: int) -> LocalWork:
         training = self.training
         samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
@@ -334,9 +348,12 @@ def _client_info(answer: Message) -> ClientInfo | None:
     try:
         facts = message_facts(answer)
         profile = DeviceProfile.from_json(facts["profile"])
-        sizes = int(facts["num_train"]), int(facts["num_test"])
-        return ClientInfo(answer.metadata.src_node_id, str(facts["client_id"]), profile, *sizes)
-    except (WireError, ConfigError, KeyError, TypeError, ValueError):
+        client_id, num_train, num_test = facts["client_id"], facts["num_train"], facts["num_test"]
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (num_train, num_test))
+        if not isinstance(client_id, str) or not whole or not 1 <= num_train <= MAX_EXAMPLES or num_test < 0:
+            return None
+        return ClientInfo(answer.metadata.src_node_id, client_id, profile, num_train, num_test)
+    except (WireError, ConfigError, KeyError, TypeError):
         return None
 
 

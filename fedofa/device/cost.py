@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from fedofa.supernet.costs import BlockCost
+from fedofa.supernet.costs import BlockCost, in_backward
 from fedofa.types.device import DeviceProfile
 from fedofa.types.plan import FineTunePlan
 
@@ -92,7 +92,8 @@ class AnalyticCostModel(CostModel):
         trained = sum(item.numel for block in blocks for item in block.parameters if item.name in names)
         parameters = sum(block.num_parameters for block in blocks)
         macs = sum(block.macs for block in blocks)
-        download, upload = parameters * work.wire_bytes, trained * work.wire_bytes
+        statistics = sum(block.num_statistics for block in blocks)
+        download, upload = (parameters + statistics) * work.wire_bytes, trained * work.wire_bytes
         passes = macs + self._backward_macs(blocks, names, plan)
         return RoundCost(
             macs=macs,
@@ -108,7 +109,7 @@ class AnalyticCostModel(CostModel):
     def _backward_macs(self, blocks: Sequence[BlockCost], names: set[str], plan: FineTunePlan) -> int:
         """MACs of one example's backward pass; a recomputed block runs forward once more."""
         again = set(plan.recompute)
-        backward = _from_first_trained(blocks, names)
+        backward = in_backward(blocks, names)
         return sum(block.macs * (_BACKWARD_PASSES + (block.name in again)) for block in backward)
 
     def _training_bytes(
@@ -125,17 +126,12 @@ class AnalyticCostModel(CostModel):
         A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
         """
         again = set(plan.recompute)
-        backward = _from_first_trained(blocks, names)
+        backward = in_backward(blocks, names)
         kept = sum(block.input_elements if block.name in again else block.saved_elements for block in backward)
-        kept += max((block.saved_elements for block in backward if block.name in again), default=0)
+        kept += max(
+            (block.saved_elements - block.input_elements for block in backward if block.name in again), default=0
+        )
         temporary = 2 * max(block.widest_elements for block in blocks)
         values = 2 * parameters + trained * (1 + work.optimiser_slots)
         batch = min(work.batch_size, max(work.num_examples, 1))
         return _BYTES * (values + batch * (kept + temporary))
-
-
-def _from_first_trained(blocks: Sequence[BlockCost], names: set[str]) -> Sequence[BlockCost]:
-    for start, block in enumerate(blocks):
-        if any(item.name in names for item in block.parameters):
-            return blocks[start:]
-    return ()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedofa.types.errors import DatasetError
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -26,6 +28,8 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: in
         inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
         labels: `(num_examples,)`, int64.
     """
+    if not len(labels):
+        raise DatasetError("an evaluation needs at least 1 example, found none")
     model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     correct, loss = 0, 0.0
     for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):

@@ -39,18 +39,21 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
         parameter.grad = None
     model.train()
     _use_channels_last(model)
-    if plan.statistics == "frozen":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # running statistics are the server's business and stay as they came
+        norm.train(plan.statistics == "batch")
     checkpointed = []
     try:
-        for name in plan.recompute:
+        for name in dict.fromkeys(plan.recompute):
             checkpointed.append(_checkpoint_block(model, name, plan))
         yield [parameters[name] for name in plan.trainable]
     finally:
         for block in checkpointed:
             del block.forward  # the instance's override; the class's forward shows again
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _use_channels_last(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ def prepare_inputs(
         mean, std: per channel, of pixels scaled to [0, 1].
         resolution: side in pixels of the square result (bilinear, antialiased); None keeps the size.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div_(255.0)
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div(255.0)
     shape = (1, -1, 1, 1)
     pixels = pixels.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
     if resolution is None or pixels.shape[-2:] == (resolution, resolution):

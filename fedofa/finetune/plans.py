@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fedofa.supernet.costs import BlockCost
+from fedofa.supernet.costs import BlockCost, in_backward
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 
@@ -35,22 +35,13 @@ def build_plan(
     ordered = tuple(item.name for block in blocks for item in block.parameters if item.name in trainable)
     checkpointed = ()
     if recompute:
-        checkpointed = tuple(block.name for block in in_backward(blocks, ordered) if is_elastic(block))
+        checkpointed = tuple(block.name for block in in_backward(blocks, trainable) if is_elastic(block))
     return FineTunePlan(name, ordered, checkpointed, statistics)
 
 
 def is_elastic(block: BlockCost) -> bool:
     """Whether the block is one of the repeated ones, not stem or head."""
     return block.name.startswith("stages.")
-
-
-def in_backward(blocks: Sequence[BlockCost], trainable: Sequence[str]) -> Sequence[BlockCost]:
-    """The blocks that gradients pass through: from the first that trains anything to the end."""
-    names = set(trainable)
-    for start, block in enumerate(blocks):
-        if any(item.name in names for item in block.parameters):
-            return blocks[start:]
-    return ()
 
 
 def _trainable(name: str, blocks: Sequence[BlockCost]) -> list[str]:

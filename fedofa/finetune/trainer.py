@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import UnionType
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.engine import planned
-from fedofa.types.errors import ConfigError
+from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.plan import FineTunePlan
 
 OPTIMISERS = ("sgd", "adamw")
@@ -49,14 +50,19 @@ class LocalTraining:
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
             raise ConfigError(f"finetune.optimiser: expected one of {list(OPTIMISERS)}, found {self.optimiser!r}")
-        for name, least in (("learning_rate", 0.0), ("weight_decay", 0.0), ("proximal_mu", 0.0), ("epochs", 1),
-                            ("max_steps", 0), ("batch_size", 1), ("max_gradient_norm", 0.0), ("max_shift", 0)):  # fmt: skip
-            value = getattr(self, name)
-            if not value >= least or math.isinf(value):
-                raise ConfigError(f"finetune.{name}: expected at least {least}, found {value!r}")
+        for name in ("learning_rate", "weight_decay", "proximal_mu", "max_gradient_norm"):
+            self._expect(name, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
+        for name, least in (("epochs", 1), ("max_steps", 0), ("batch_size", 1), ("max_shift", 0)):
+            self._expect(name, f"a whole number of at least {least}", lambda value, least=least: value >= least, int)
         for name in ("momentum", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"finetune.{name}: expected a number in [0, 1), found {getattr(self, name)!r}")
+            self._expect(name, "a number in [0, 1)", lambda value: 0 <= value < 1)
+
+    def _expect(
+        self, name: str, wanted: str, accepts: Callable[[float], bool], kind: type | UnionType = int | float
+    ) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
+            raise ConfigError(f"finetune.{name}: expected {wanted}, found {value!r}")
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps on that many examples."""
@@ -92,6 +98,8 @@ def fine_tune(
         training: the recipe.
         generator: draws the batches' order. Dropout draws from torch's default generator, which the caller seeds.
     """
+    if not len(labels):
+        raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
     losses = []
     inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
     with planned(model, plan) as parameters:
@@ -111,8 +119,7 @@ def fine_tune(
         name: parameter.detach().cpu().numpy() - received[name]
         for name, parameter in zip(plan.trainable, parameters, strict=True)
     }
-    mean_loss = float(torch.stack(losses).mean()) if losses else math.nan
-    return FineTuneResult(weights, len(losses), mean_loss)
+    return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()))
 
 
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:

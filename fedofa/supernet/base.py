@@ -131,14 +131,25 @@ class Supernet(nn.Module, ABC):
         Raises:
             SpaceError: for an unknown group, or an array that is not a permutation of its channels.
         """
+        self._check_ordering(ordering)
+        self.ordering = {group: np.asarray(order, np.int64) for group, order in ordering.items()}
+        self._slice_maps.clear()
+
+    def _check_ordering(self, ordering: Mapping[str, np.ndarray]) -> None:
         sizes = self.channel_groups()
         for group, order in ordering.items():
             if group not in sizes:
                 raise SpaceError(f"ordering of unknown channel group {group!r}; known: {sorted(sizes)[:8]} ...")
             if not np.array_equal(np.sort(order), np.arange(sizes[group])):
                 raise SpaceError(f"ordering of {group!r}: expected a permutation of 0..{sizes[group] - 1}")
-        self.ordering = {group: np.asarray(order, np.int64) for group, order in ordering.items()}
-        self._slice_maps.clear()
+            run = self.run_length(group)
+            starts = np.asarray(order).reshape(-1, run)[:, :1]
+            if (starts % run).any() or not np.array_equal(order, (starts + np.arange(run)).ravel()):
+                raise SpaceError(f"ordering of {group!r}: group norm needs channels to move in whole groups of {run}")
+
+    @abstractmethod
+    def run_length(self, group: str) -> int:
+        """Channels of a group that an ordering must keep together: 8 under group norm, else 1."""
 
     @final
     def channel_groups(self) -> dict[str, int]:
@@ -171,6 +182,7 @@ class Supernet(nn.Module, ABC):
                 f"the state does not belong to this supernet ({self.space.family}): {len(wrong)} tensors are missing, "
                 f"unknown or of another shape, among them {wrong[:5]}; use the supernet settings it was saved with"
             )
+        self._check_ordering(state.ordering)
         with torch.no_grad():
             for name, tensor in shared.items():
                 tensor.copy_(torch.from_numpy(np.array(state.tensors[name])))  # 0-d arrays stay 0-d

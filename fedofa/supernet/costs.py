@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,6 +20,7 @@ class BlockCost:
         input_elements, output_elements: size of its input and output.
         widest_elements: size of the largest tensor inside.
         parameters: its trainable tensors.
+        num_statistics: values of its batch-norm statistics, which travel to the client but do not train.
     """
 
     name: str
@@ -29,6 +30,7 @@ class BlockCost:
     output_elements: int
     widest_elements: int
     parameters: tuple[ParameterSpec, ...]
+    num_statistics: int = 0
 
     @property
     def num_parameters(self) -> int:
@@ -76,9 +78,11 @@ class _Tape:
 
     def cost(self, name: str, x: int, y: int, parameters: Iterable[ParameterSpec]) -> BlockCost:
         """Close the tape; `x` is the block's input and `y` its output."""
-        trainable = tuple(item for item in parameters if item.role != "statistic")
+        table = tuple(parameters)
+        trainable = tuple(item for item in table if item.role != "statistic")
+        statistics = sum(item.numel for item in table if item.role == "statistic")
         saved = sum(self.sizes[number] for number in self.kept)
-        return BlockCost(name, self.macs, saved, self.sizes[x], self.sizes[y], self.widest, trainable)
+        return BlockCost(name, self.macs, saved, self.sizes[x], self.sizes[y], self.widest, trainable, statistics)
 
 
 @lru_cache(maxsize=65536)
@@ -121,3 +125,11 @@ def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
     head = tuple(spec.classifier_parameters())
     costs.append(BlockCost("classifier", features * spec.num_classes, kept, features, spec.num_classes, features, head))
     return tuple(costs)
+
+
+def in_backward(blocks: Sequence[BlockCost], trainable: Collection[str]) -> Sequence[BlockCost]:
+    """The blocks that gradients pass through: from the first that trains any of the named parameters to the end."""
+    for start, block in enumerate(blocks):
+        if any(item.name in trainable for item in block.parameters):
+            return blocks[start:]
+    return ()

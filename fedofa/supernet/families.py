@@ -13,7 +13,7 @@ from fedofa.supernet import fixed, mobilenet_v3
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
-from fedofa.types.errors import ConfigError
+from fedofa.types.errors import ConfigError, FedofaError
 
 
 def two_conv_cnn(in_channels: int = 1, num_classes: int = 10, side: int = 28) -> nn.Module:
@@ -49,12 +49,22 @@ def build_supernet(description: Mapping[str, Any], generator: torch.Generator | 
     Raises:
         ConfigError: for an unknown family, module or setting.
     """
-    settings = dict(description)
+    try:
+        return _build(dict(description), generator)
+    except FedofaError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"supernet: the settings are not understood: {type(error).__name__}: {error}") from error
+
+
+def _build(settings: dict[str, Any], generator: torch.Generator | None) -> Supernet:
     family = _known("family", settings.pop("family", None), FAMILIES)
     if family == mobilenet_v3.FAMILY:
         return MobileNetV3Supernet(MobileNetV3Spec.from_json(settings), generator)
     module = _known("module", settings.pop("module", None), tuple(MODULES))
-    channels, height, _ = settings.pop("input_shape")
+    channels, height, width = settings.pop("input_shape")
+    if height != width:
+        raise ConfigError(f"supernet.input_shape: expected square images, found {height} x {width}")
     num_classes = settings.pop("num_classes")
     if settings:
         raise ConfigError(f"supernet of family {fixed.FAMILY!r}: unknown settings {sorted(settings)}")

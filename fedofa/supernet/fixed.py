@@ -47,6 +47,9 @@ class FixedSupernet(Supernet):
     def block_costs(self, subnet: SubnetConfig) -> tuple[BlockCost, ...]:
         return self._costs
 
+    def run_length(self, group: str) -> int:
+        return 1
+
     def resolution(self, subnet: SubnetConfig) -> int | None:
         return None
 
@@ -55,31 +58,57 @@ class FixedSupernet(Supernet):
 
     @cached_property
     def _costs(self) -> tuple[BlockCost, ...]:
-        """From one run of the module on the meta device with two examples, counting each child's operations."""
+        """From two runs on the meta device, with two and three examples: the difference is one example's share."""
+        fewer, more = (self._trace(batch) for batch in (2, 3))
+        costs = []
+        for name, trace in more.items():
+            one = [b - a for a, b in zip(fewer[name].counts(), trace.counts(), strict=True)]
+            flops, kept_bytes, inputs, outputs = one
+            own = [item for item in self._table if item.name.startswith(f"{name}.")]
+            trainable = tuple(item for item in own if item.role != "statistic")
+            statistics = sum(item.numel for item in own if item.role == "statistic")
+            kept = -(-kept_bytes // 4)
+            costs.append(
+                BlockCost(name, flops // 2, kept, inputs, outputs, max(inputs, outputs), trainable, statistics)
+            )
+        return tuple(costs)
+
+    def _trace(self, batch: int) -> dict[str, _Trace]:
+        """Run the module once, counting each child's operations."""
         skeleton = self._copy_skeleton().train()
-        traces = {name: _Trace(child) for name, child in skeleton.named_children()}
+        seen = {_storage(tensor) for tensor in (*skeleton.parameters(), *skeleton.buffers())}
+        traces = {name: _Trace(child, seen) for name, child in skeleton.named_children()}
         with torch.device("meta"):
-            skeleton(torch.empty(2, *self._input_shape))
-        return tuple(trace.cost(name, self._table) for name, trace in traces.items() if trace.ran)
+            skeleton(torch.empty(batch, *self._input_shape))
+        return {name: trace for name, trace in traces.items() if trace.ran}
 
 
 class _Trace:
-    """Counts MACs, autograd's saved tensors and sizes of one child module through forward hooks."""
+    """Counts FLOPs, bytes that autograd keeps and sizes of one child module through forward hooks.
 
-    def __init__(self, child: nn.Module) -> None:
+    `seen` holds the memory that is counted already: the module's own tensors, and what an earlier child keeps.
+    """
+
+    def __init__(self, child: nn.Module, seen: set[int]) -> None:
         self.ran = False
-        self.flops = 0
+        self.flops = self.kept_bytes = 0
         self.sizes = (0, 0)
-        self.kept: list[Tensor] = []
-        self.own = {_storage(tensor) for tensor in (*child.parameters(), *child.buffers())}
+        self.seen = seen
+        self.kept: list[Tensor] = []  # alive, so that no other tensor takes over an identity
         self.counter = FlopCounterMode(display=False)
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         child.register_forward_pre_hook(self._enter)
         child.register_forward_hook(self._leave)
 
+    def counts(self) -> tuple[int, int, int, int]:
+        """FLOPs, kept bytes, input and output elements of the whole batch."""
+        return self.flops, self.kept_bytes, self.sizes[0], self.sizes[1]
+
     def _pack(self, tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in self.own:
+        if _storage(tensor) not in self.seen:
+            self.seen.add(_storage(tensor))
             self.kept.append(tensor)
+            self.kept_bytes += tensor.untyped_storage().nbytes()
         return tensor
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -91,14 +120,7 @@ class _Trace:
         self.counter.__exit__(None, None, None)
         self.ran = True
         self.flops += self.counter.get_total_flops()
-        self.sizes = (inputs[0].numel() // 2, output.numel() // 2)
-
-    def cost(self, name: str, table: Sequence[ParameterSpec]) -> BlockCost:
-        """Per example; a tensor kept by two operations counts once."""
-        distinct = {_storage(tensor): tensor for tensor in self.kept}
-        saved = sum(tensor.numel() for tensor in distinct.values()) // 2
-        own = tuple(item for item in table if item.name.startswith(f"{name}.") and item.role != "statistic")
-        return BlockCost(name, self.flops // 4, saved, *self.sizes, max(self.sizes), own)
+        self.sizes = (inputs[0].numel(), output.numel())
 
 
 def _storage(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from fedofa.supernet.base import Supernet
 from fedofa.supernet.costs import BlockCost, block_costs
 from fedofa.supernet.layers import Network, build_skeleton
 from fedofa.supernet.network import (
+    ACTIVATIONS,
     GROUP_NORM_CHANNELS,
     NORMS,
     ConvSpec,
@@ -40,6 +41,12 @@ class StageSpec:
     stride: int
     activation: str
     squeeze_excite: bool
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"supernet.stages: expected an activation of {list(ACTIVATIONS)}, found {self.activation!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +94,9 @@ class MobileNetV3Spec:
         even = [k for k in self.kernels if k % 2 == 0]
         if even:
             raise ConfigError(f"supernet.kernels: kernel sizes must be odd, found {even}")
+        for name in ("kernels", "expands", "depths", "resolutions"):
+            if not getattr(self, name):
+                raise ConfigError(f"supernet.{name}: expected at least one value, found none")
         if not self.stages:
             raise ConfigError("supernet.stages: expected at least one elastic stage, found none")
         widths = (self.stem_width, self.first_width, *(stage.width for stage in self.stages), self.final_width)
@@ -243,6 +253,9 @@ class MobileNetV3Supernet(Supernet):
 
     def block_costs(self, subnet: SubnetConfig) -> tuple[BlockCost, ...]:
         return block_costs(self.network_spec(subnet))
+
+    def run_length(self, group: str) -> int:
+        return GROUP_NORM_CHANNELS if self.spec.norm == "group" and group.endswith(".mid") else 1
 
     def resolution(self, subnet: SubnetConfig) -> int | None:
         return self.network_spec(subnet).resolution

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 NORMS = ("group", "batch")
+ACTIVATIONS = ("relu", "relu6", "h_swish", "h_sigmoid")
 GROUP_NORM_CHANNELS = 8
 """Channels a group: fixed, so that a subnet's groups are the first groups of the supernet (the norm nests)."""
 

@@ -111,8 +111,12 @@ def check_term(name: str, values: np.ndarray, weight: int) -> None:
     """Refuse a contribution that could overflow the sum, before anything is added.
 
     Raises:
-        FoldError: when `weight * max|values|` is above `MAX_TERM`, or not finite.
+        FoldError: when the weight is below 1, or `weight * max|values|` is above `MAX_TERM` or not finite.
     """
+    if weight < 1:
+        raise FoldError(
+            f"parameter {name!r}: a weight of {weight} examples; expected at least 1; the delta is left out"
+        )
     largest = float(np.max(np.abs(values), initial=0.0)) * weight
     if not largest <= MAX_TERM:
         raise FoldError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,11 +30,14 @@ class DeviceProfile:
     availability: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.device_class, str):
+            raise ConfigError(f"device profile, device_class: expected a name, found {self.device_class!r:.80}")
         for item in fields(self)[1:]:
             value = getattr(self, item.name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value <= sys.float_info.max):
                 where = f"device class {self.device_class!r}, {item.name}"
-                raise ConfigError(f"{where}: expected a positive finite number, found {value!r}")
+                raise ConfigError(f"{where}: expected a positive finite number, found {value!r:.80}")
         if self.availability > 1:
             raise ConfigError(
                 f"device class {self.device_class!r}, availability: expected a probability in (0, 1], "

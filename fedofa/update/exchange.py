@@ -14,7 +14,13 @@ from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from fedofa.update.codec import decode_packed, encode_packed
 
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+"""How parameters may travel."""
+
 _TASK, _DELTA, _WEIGHTS = "task", "delta", "weights"
+_TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
+_DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
+                "num_steps": int}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,11 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
     try:
         header["subnet"] = SubnetConfig.from_json(header["subnet"])
         header["plan"] = FineTunePlan.from_json(header["plan"])
-        return ClientTask(**header), packed.streams.get(_WEIGHTS, {})
+        task = ClientTask(**header)
+        _check_types("task", task, _TASK_TYPES)
+        if task.float_dtype not in FLOAT_DTYPES:
+            raise WireError(f"the task's float_dtype: expected one of {list(FLOAT_DTYPES)}, found {task.float_dtype!r}")
+        return task, packed.streams.get(_WEIGHTS, {})
     except (KeyError, TypeError, FedofaError) as error:
         raise WireError(
             f"the task's header is not understood: {error}; do server and client run the same release?"
@@ -104,9 +114,12 @@ def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
         delta = SubnetDelta(subnet=subnet, weights=packed.streams.get(_WEIGHTS, {}), **header)
     except (KeyError, TypeError, FedofaError) as error:
         raise WireError(f"the delta's header is not understood: {error}") from error
-    for name, kind in (("client_id", str), ("plan_digest", str), ("round", int), ("base_version", int),
-                       ("num_examples", int), ("num_steps", int)):  # fmt: skip
-        value = getattr(delta, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise WireError(f"the delta's {name}: expected {kind.__name__}, found {value!r:.80}")
+    _check_types("delta", delta, _DELTA_TYPES)
     return delta
+
+
+def _check_types(what: str, value: object, types: Mapping[str, type]) -> None:
+    for name, kind in types.items():
+        found = getattr(value, name)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise WireError(f"the {what}'s {name}: expected {kind.__name__}, found {found!r:.80}")

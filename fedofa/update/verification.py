@@ -48,6 +48,8 @@ def verify_delta(delta: SubnetDelta, expected: Expectation) -> None:
     ):
         if wanted != found:
             raise _refusal(expected, f"{name}: expected {wanted!r}, found {found!r}")
+    if delta.num_examples < 1:
+        raise _refusal(expected, f"number of examples: expected at least 1, found {delta.num_examples}")
     if delta.num_steps < 1:
         raise _refusal(expected, f"number of steps: expected at least 1, found {delta.num_steps}")
     _verify_names(delta, expected)

@@ -1,0 +1,194 @@
+"""Composing settings: every option, every misspelling, and the way there and back."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from conf.compose import compose_conf, encode_conf, known_keys, load_conf
+from conf.schema import DeviceClassConf, SimulateConf, StageConf
+from fedofa.types.errors import ConfigError
+
+ROOT = Path(str(files("conf")))
+YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
+OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
+GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet")
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose_conf(overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_defaults_compose():
+    conf = compose_conf()
+    assert isinstance(conf, SimulateConf)
+    assert (conf.rounds, conf.data.name, conf.partition.kind) == (120, "mnist5k", "dirichlet")
+    assert conf.supernet["family"] == "mobilenet_v3"
+    assert conf.fleet.classes["phone"].uplink_bytes_per_second == 8e3
+    assert conf.resume_round is None
+
+
+def test_every_group_has_options():
+    assert sorted({group for group, _ in OPTIONS}) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
+def test_every_option_composes_and_takes_effect(group, name):
+    given = OmegaConf.load(ROOT / group / f"{name}.yaml")
+    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}"]))))
+    for key, value in given.items():
+        if key != "defaults" and not OmegaConf.is_interpolation(given, key):
+            assert OmegaConf.select(found, f"{group}.{key}") == value
+
+
+@pytest.mark.parametrize("path", YAML, ids=str)
+def test_every_key_of_every_file_is_in_the_schema(path):
+    prefix = f"{path.parent.name}." if path.parent.name else ""
+    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), prefix)) - known_keys())
+    assert not unknown
+
+
+def dotted(node: DictConfig | ListConfig, prefix: str) -> list[str]:
+    """The dotted keys of a file; stages and device classes are held against their own schemas here."""
+    keys = []
+    for key, value in node._content.items():
+        name = f"{prefix}{key}"
+        if name.split(".", maxsplit=1)[0] in ("defaults", "hydra") or name.endswith(".defaults"):
+            continue
+        keys.append(name)
+        if name == "supernet.stages":
+            assert all(set(stage) == set(StageConf.__dataclass_fields__) for stage in value)
+        elif name == "fleet.classes":
+            assert all(set(entry) == set(DeviceClassConf.__dataclass_fields__) for entry in value.values())
+        elif isinstance(value, DictConfig):
+            keys += dotted(value, f"{name}.")
+    return keys
+
+
+def test_every_setting_of_the_schema_has_a_value():
+    container = OmegaConf.to_container(OmegaConf.structured(compose_conf()), throw_on_missing=True)
+    given = set(flat(container, ""))
+    fixed_only = {"supernet.module"}
+    assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - fixed_only <= given
+
+
+def flat(value: dict, prefix: str) -> list[str]:
+    keys = []
+    for key, item in value.items():
+        keys += [f"{prefix}{key}", *(flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [])]
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ruonds=3", "ruonds: unknown setting; did you mean 'rounds'?"),
+        ("finetune.learnig_rate=1", "finetune.learnig_rate: unknown setting; did you mean 'finetune.learning_rate'?"),
+        ("supernet.norms=batch", "supernet.norms: unknown setting; did you mean 'supernet.norm'?"),
+        ("+rouds=3", "rouds: unknown setting; did you mean 'rounds'?"),
+        ("+supernet.dropuot=0.1", "supernet.dropuot: unknown setting; did you mean 'supernet.dropout'?"),
+        ("+zzz=3", "zzz: unknown setting; `fedofa settings` prints all of them"),
+        ("partitoin=iid", "partitoin: unknown setting; did you mean 'partition'?"),
+    ],
+)
+def test_a_misspelt_key_or_group_is_named_with_a_suggestion(override, message):
+    assert refused(override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("rounds=x", ["rounds: ", "'x'", "Integer"]),
+        ("rounds=1.5", ["rounds: ", "'1.5'", "Integer"]),
+        ("finetune.learning_rate=fast", ["finetune.learning_rate: ", "'fast'", "Float"]),
+        ("resume=maybe", ["resume: ", "'maybe'", "bool"]),
+        ("supernet.stem_width=wide", ["supernet.stem_width: ", "'wide'", "Integer"]),
+        ("supernet.kernels=[a]", ["supernet.kernels[0]: ", "'a'", "Integer"]),
+        ("finetune.plans=full", ["finetune.plans: ", "list"]),
+        ("fleet.classes.phone=3", ["fleet.classes.phone: ", "DeviceClassConf"]),
+        ("data.calibration_examples=null", ["data.calibration_examples: ", "None"]),
+        ("data.path=${nope}", ["data.path: ", "nope"]),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_by_its_key(override, parts):
+    message = refused(override)
+    assert message.startswith(parts[0])
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_an_unknown_option_lists_the_groups_options(group):
+    options = ", ".join(sorted(name for other, name in OPTIONS if other == group))
+    assert refused(f"{group}=nope") == f"{group}/nope: no such option; available: {options}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("supernet.family=resnet", r"supernet.family: expected one of ['fixed', 'mobilenet_v3'], found 'resnet'"),
+        ("~rounds", "settings without a value: rounds; give them as key=value"),
+        ("seed=???", "settings without a value: seed; give them as key=value"),
+        ("~supernet.norm", "settings without a value: supernet.norm; give them as key=value"),
+    ],
+)
+def test_what_is_missing_is_named(override, message):
+    assert refused(override) == message
+
+
+def test_a_new_device_class_needs_all_its_budgets():
+    message = refused("+fleet.classes.tablet.share=0.5", "+fleet.classes.tablet.memory_bytes=1e9")
+    for name in ("macs_per_second", "uplink_bytes_per_second", "downlink_bytes_per_second"):
+        assert f"fleet.classes.tablet.{name}" in message
+    assert "tablet.share" not in message
+
+
+@pytest.mark.parametrize("overrides", [[], ["supernet=fixed"], ["supernet=published", "data=cifar10", "rounds=7"]])
+def test_settings_travel_as_json(overrides):
+    conf = compose_conf(overrides)
+    text = encode_conf(conf)
+    assert load_conf({"config": text}) == conf
+    assert encode_conf(load_conf({"config": text})) == text
+
+
+def test_settings_travel_as_one_string_of_overrides():
+    text = "rounds=7 data=cifar10 output_dir='runs/a b' finetune.plans='[full,\"last_blocks(2)\"]'"
+    conf = load_conf({"overrides": text})
+    assert conf == compose_conf(
+        ["rounds=7", "data=cifar10", "output_dir=runs/a b", 'finetune.plans=[full,"last_blocks(2)"]']
+    )
+    assert (conf.rounds, conf.output_dir, conf.finetune.plans) == (7, "runs/a b", ["full", "last_blocks(2)"])
+    assert load_conf({}) == compose_conf()
+
+
+def test_the_configuration_has_precedence_over_overrides():
+    text = encode_conf(compose_conf(["rounds=3"]))
+    assert load_conf({"config": text, "overrides": "rounds=4"}).rounds == 3
+
+
+def test_a_travelled_configuration_is_checked_again():
+    text = encode_conf(compose_conf()).replace('"rounds": 120', '"rounds": "many"')
+    with pytest.raises(ConfigError, match="rounds: Value 'many'"):
+        load_conf({"config": text})
+
+
+def test_a_change_to_a_loaded_configuration_stays_with_its_owner():
+    first = load_conf({"overrides": "rounds=31"})
+    first.rounds = 32
+    assert load_conf({"overrides": "rounds=31"}).rounds == 31
+
+
+@pytest.mark.parametrize("run_config", [{"config": "{"}, {"config": "3"}, {"overrides": "rounds='3"}])
+def test_a_run_config_that_cannot_be_read_is_refused(run_config):
+    with pytest.raises(ConfigError):
+        load_conf(run_config)
+
+
+def test_a_group_set_to_null_is_refused():
+    assert "supernet" in refused("supernet=null")
+    assert "needs a name" in refused("supernet=null")

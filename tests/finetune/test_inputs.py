@@ -1,0 +1,41 @@
+"""Inputs of a subnet from stored pixels, against the same arithmetic by hand."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedofa.finetune.inputs import prepare_inputs
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 2, 12, 10), dtype=np.uint8)
+MEAN, STD = [0.25, 0.5], [0.1, 0.4]
+
+
+def test_pixels_are_scaled_and_normalised_per_channel():
+    kept = IMAGES.copy()
+    found = prepare_inputs(IMAGES, MEAN, STD)
+    expected = (IMAGES / 255 - np.array(MEAN).reshape(2, 1, 1)) / np.array(STD).reshape(2, 1, 1)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+    np.testing.assert_array_equal(IMAGES, kept)
+
+
+@pytest.mark.parametrize("resolution", [6, 16])
+def test_resizing_is_bilinear_and_antialiased_to_a_square(resolution):
+    plain = prepare_inputs(IMAGES, MEAN, STD)
+    found = prepare_inputs(IMAGES, MEAN, STD, resolution)
+    assert found.shape == (3, 2, resolution, resolution)
+    smoothed = functional.interpolate(plain, size=(resolution, resolution), mode="bilinear", antialias=True)
+    assert torch.equal(found, smoothed)
+    rough = functional.interpolate(plain, size=(resolution, resolution), mode="bilinear")
+    assert torch.allclose(found, rough, atol=1e-4) == (resolution == 16), "smoothing matters on the way down"
+
+
+def test_a_constant_image_stays_constant():
+    found = prepare_inputs(np.full((1, 1, 9, 9), 51, np.uint8), [0.0], [1.0], 4)
+    torch.testing.assert_close(found, torch.full((1, 1, 4, 4), 0.2))
+
+
+def test_the_right_size_is_left_alone_and_slices_are_taken():
+    square = IMAGES[:, :, 1:11]
+    assert torch.equal(prepare_inputs(square, MEAN, STD, 10), prepare_inputs(square, MEAN, STD))

@@ -1,0 +1,267 @@
+"""What every supernet does: skeletons, cutting, the differentiable forward pass, orderings and states."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cohorts import SPEC, build_supernet, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedofa.supernet.base import assemble
+from fedofa.types.errors import CheckpointError, SpaceError
+from fedofa.types.space import SubnetConfig
+
+SUPERNETS = {norm: build_supernet(norm=norm) for norm in ("group", "batch")}
+norms = st.sampled_from(sorted(SUPERNETS))
+some = settings(max_examples=15, deadline=None)
+
+
+def sample(norm: str, seed: int) -> SubnetConfig:
+    return SUPERNETS[norm].space.sample(np.random.default_rng(seed))
+
+
+def images(side: int, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, 1, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@some
+@given(norms, seeds)
+def test_the_skeleton_has_the_names_shapes_and_roles_of_the_parameter_table(norm, seed):
+    supernet, subnet = SUPERNETS[norm], sample(norm, seed)
+    skeleton = supernet.skeleton(subnet)
+    table = supernet.parameter_table(subnet)
+    parameters = {name: tuple(tensor.shape) for name, tensor in skeleton.named_parameters()}
+    buffers = {name: tuple(tensor.shape) for name, tensor in skeleton.named_buffers()}
+    assert parameters == {item.name: item.shape for item in table if item.role != "statistic"}
+    assert buffers == {item.name: item.shape for item in table if item.role == "statistic"}
+    assert bool(buffers) == (norm == "batch")
+    assert all(tensor.is_meta for tensor in skeleton.state_dict().values())
+    assert [item.name for item in supernet.slice_map(subnet)] == [item.name for item in table]
+
+
+@some
+@given(norms, seeds)
+def test_a_built_subnet_computes_what_forward_computes(norm, seed):
+    supernet, subnet = SUPERNETS[norm].eval(), sample(norm, seed)
+    x = images(supernet.resolution(subnet), seed=seed)
+    with torch.no_grad():
+        expected = supernet(x, subnet)
+        assert expected.shape == (3, SPEC.num_classes)
+        torch.testing.assert_close(supernet.build(subnet).eval()(x), expected, atol=1e-6, rtol=1e-6)
+        shared = {name: torch.from_numpy(array) for name, array in supernet.state().tensors.items()}
+        torch.testing.assert_close(supernet.build(subnet, shared).eval()(x), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_built_subnet_owns_its_memory(norm):
+    supernet = SUPERNETS[norm]
+    for subnet in (supernet.space.largest(), supernet.space.smallest()):
+        before = supernet.state().digest()
+        given_tensors = {name: tensor.detach().clone() for name, tensor in supernet.shared().items()}
+        model = supernet.build(subnet, given_tensors).train()
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(images(supernet.resolution(subnet))).square().sum().backward()
+        optimiser.step()
+        with torch.no_grad():
+            changed = supernet.build(subnet).state_dict()
+            assert any(not torch.equal(tensor, changed[name]) for name, tensor in model.state_dict().items())
+        assert supernet.state().digest() == before
+        for name, tensor in given_tensors.items():
+            assert torch.equal(tensor, supernet.shared()[name])
+
+
+@some
+@given(seeds)
+def test_the_shared_gradient_is_the_subnets_gradient_sent_back(seed):
+    """Forward's gradient is A^T times the gradient of a built subnet: by slices for weights, by K^T for kernels."""
+    supernet, subnet = SUPERNETS["group"].eval(), sample("group", seed)
+    x = images(supernet.resolution(subnet), seed=seed)
+    model = supernet.build(subnet).eval()
+    model(x).square().sum().backward()
+    supernet.zero_grad()
+    supernet(x, subnet).square().sum().backward()
+    arrays = supernet.state().tensors
+    parameters = dict(model.named_parameters())
+    for name, shared in supernet.network.named_parameters():
+        if ".matrix_" in name:
+            continue
+        if name not in parameters:
+            assert shared.grad is None
+            continue
+        item, gradient = supernet.slice_map(subnet)[name], parameters[name].grad.numpy()
+        expected = replace(item, kernel=None).lift(gradient, arrays) if item.kernel is None else None
+        if expected is None:
+            flat = gradient.reshape(len(gradient), -1) @ item.kernel.operator(arrays)
+            full = flat.reshape(len(gradient), *item.shared_shape[1:])
+            expected = np.zeros(item.shared_shape)
+            order = item.index[0]
+            expected[order] = full
+        scale = max(1.0, np.abs(expected).max())
+        np.testing.assert_allclose(shared.grad.numpy(), expected, atol=1e-4 * scale)
+
+
+def test_forward_is_differentiable_in_the_kernel_matrices():
+    """Against central differences in float64, along a random direction of each matrix."""
+    supernet = build_supernet(2).double().eval()
+    subnet = supernet.space.subnet(kernel=3)
+    x = images(20).double()
+    supernet(x, subnet).square().sum().backward()
+    for step in ("7to5", "5to3"):
+        matrix = supernet.shared()[f"stages.1.0.depthwise.matrix_{step}"]
+        direction = torch.randn(matrix.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                matrix.add_(direction, alpha=sign * 1e-5)
+                values.append(float(supernet(x, subnet).square().sum()))
+                matrix.sub_(direction, alpha=sign * 1e-5)
+        slope = float((matrix.grad * direction).sum())
+        assert abs(slope) > 1e-6
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4)
+
+
+def test_a_subnet_with_the_largest_kernel_does_not_touch_the_matrices():
+    supernet = build_supernet(2)
+    supernet(images(20), supernet.space.largest()).sum().backward()
+    grads = [tensor.grad for name, tensor in supernet.network.named_parameters() if ".matrix_" in name]
+    assert grads
+    assert grads == [None] * len(grads)
+
+
+@some
+@given(seeds)
+def test_forward_in_training_mode_uses_the_batch_and_leaves_the_shared_statistics(seed):
+    supernet, subnet = SUPERNETS["batch"], sample("batch", seed)
+    x = images(supernet.resolution(subnet), seed=seed)
+    before = supernet.state().digest()
+    torch.manual_seed(0)
+    trained = supernet.train()(x, subnet)
+    assert supernet.state().digest() == before
+    torch.manual_seed(0)
+    torch.testing.assert_close(trained, supernet.build(subnet).train()(x), atol=1e-6, rtol=1e-6)
+    supernet.eval()
+    assert not torch.allclose(trained, supernet(x, subnet), atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_group_norm_nests(training):
+    """A narrow subnet's inner channels hold what the same channels hold in the largest subnet."""
+    supernet = build_supernet(3).train(training)
+    name = "stages.1.0.expand"
+    seen = {}
+    for expand in (1, 2, 3):
+        subnet = supernet.space.subnet(expand=expand)
+        model = supernet.build(subnet).train(training)
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, expand=expand: seen.update({expand: output})
+        )
+        model(images(20))
+    order = supernet.ordering["stages.1.0.mid"]
+    assert seen[3].shape[1] == 24
+    shared = torch.empty_like(seen[3])
+    shared[:, order] = seen[3]
+    for expand in (1, 2):
+        torch.testing.assert_close(seen[expand], shared[:, order[: 8 * expand]], atol=1e-6, rtol=1e-6)
+
+
+def test_a_subnet_of_another_space_is_refused():
+    supernet = SUPERNETS["group"]
+    wrong = SubnetConfig(supernet.space.family, (("depth", (0, 0)),))
+    for use in (supernet.build, supernet.slice_map, lambda subnet: supernet(images(20), subnet)):
+        with pytest.raises(SpaceError, match="expected the axes"):
+            use(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sizes: {"stages.9.0.mid": np.arange(8)}, "unknown channel group 'stages.9.0.mid'"),
+        (lambda sizes: {"stages.1.0.mid": np.zeros(sizes["stages.1.0.mid"], int)}, r"a permutation of 0\.\.23"),
+        (lambda sizes: {"stages.1.0.mid": np.arange(8)}, r"'stages.1.0.mid': expected a permutation of 0\.\.23"),
+        (lambda sizes: {"stages.1.0.mid": np.arange(1, 25)}, r"a permutation of 0\.\.23"),
+    ],
+)
+def test_an_ordering_that_is_none_is_refused_and_the_old_one_stays(change, message):
+    supernet = build_supernet(1)
+    before = supernet.state().digest()
+    with pytest.raises(SpaceError, match=message):
+        supernet.set_ordering(change(supernet.channel_groups()))
+    assert supernet.state().digest() == before
+
+
+def test_a_new_ordering_changes_the_subnets_cut_after_it():
+    supernet = build_supernet(1, shuffled=False)
+    subnet = supernet.space.smallest()
+    first = supernet.slice_map(subnet)["stages.1.0.expand.conv.weight"].extract(supernet.state().tensors)
+    order = np.roll(np.arange(24), 8)
+    supernet.set_ordering({"stages.1.0.mid": order})
+    second = supernet.slice_map(subnet)["stages.1.0.expand.conv.weight"].extract(supernet.state().tensors)
+    weight = supernet.state().tensors["stages.1.0.expand.conv.weight"]
+    np.testing.assert_array_equal(first, weight[:8])
+    np.testing.assert_array_equal(second, weight[order[:8]])
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_state_makes_another_supernet_the_same(norm):
+    source, target = SUPERNETS[norm].eval(), build_supernet(9, norm=norm, shuffled=False).eval()
+    subnet = sample(norm, 4)
+    x = images(source.resolution(subnet))
+    state = source.state()
+    assert target.state().digest() != state.digest()
+    target.load_state(state)
+    assert target.state().digest() == state.digest()
+    with torch.no_grad():
+        assert torch.equal(target(x, subnet), source(x, subnet))
+        target.shared()["classifier.bias"].add_(1.0)
+    assert source.state().digest() == state.digest(), "a state holds copies"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda tensors: tensors.pop("stem.conv.weight"), "stem.conv.weight"),
+        (lambda tensors: tensors.update({"stem.extra": np.zeros(1, np.float32)}), "stem.extra"),
+        (lambda tensors: tensors.update({"classifier.bias": np.zeros(6, np.float32)}), "classifier.bias"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change, name):
+    supernet = build_supernet(1)
+    before = supernet.state()
+    tensors = {name: array + 1 for name, array in before.tensors.items()}
+    change(tensors)
+    with pytest.raises(CheckpointError, match=rf"1 tensors are missing.*\['{re.escape(name)}'\]"):
+        supernet.load_state(replace(before, tensors=tensors))
+    assert supernet.state().digest() == before.digest()
+
+
+def test_a_state_whose_ordering_does_not_fit_is_refused_and_nothing_is_loaded():
+    supernet = build_supernet(1)
+    before = supernet.state()
+    tensors = {name: array + 1 for name, array in before.tensors.items()}
+    with pytest.raises((SpaceError, CheckpointError)):
+        supernet.load_state(replace(before, tensors=tensors, ordering={"no such group": np.arange(8)}))
+    assert supernet.state().digest() == before.digest()
+
+
+def test_with_group_norm_an_ordering_that_tears_groups_apart_is_refused():
+    supernet = build_supernet(1)
+    with pytest.raises(SpaceError, match="stages.1.0.mid"):
+        supernet.set_ordering({"stages.1.0.mid": np.roll(np.arange(24), 1)})
+
+
+def test_assemble_takes_exactly_the_skeletons_tensors():
+    supernet = SUPERNETS["batch"]
+    subnet = supernet.space.smallest()
+    tensors = {item.name: torch.zeros(item.shape) for item in supernet.parameter_table(subnet)}
+    model = assemble(supernet.skeleton(subnet), tensors)
+    assert model.state_dict().keys() == tensors.keys()
+    assert model.stem.conv.weight.data_ptr() == tensors["stem.conv.weight"].data_ptr()
+    with pytest.raises(SpaceError, match="has no tensors .*'extra'"):
+        assemble(supernet.skeleton(subnet), {**tensors, "extra": torch.zeros(1)})
+    del tensors["stem.norm.running_var"]
+    with pytest.raises(SpaceError, match=r"needs the tensor 'stem\.norm\.running_var'"):
+        assemble(supernet.skeleton(subnet), tensors)
