@@ -85,7 +85,7 @@ def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:
     """
     torch.set_num_threads(1)
     material = hashlib.sha256(f"{seed}/{client_id}/{round_number}".encode()).digest()
-    torch.manual_seed(int.from_bytes(material[:8], "little") >> 1)
+    torch.default_generator.manual_seed(int.from_bytes(material[:8], "little") >> 1)
     return torch.Generator().manual_seed(int.from_bytes(material[8:16], "little") >> 1)
 
 

@@ -42,7 +42,7 @@ class SubnetCache:
         module = self._module(supernet, task.subnet)
         with torch.no_grad():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                tensor.copy_(torch.from_numpy(received[name].copy()))
+                tensor.numpy()[...] = received[name]
         return module, supernet
 
     def _structure(self, task: ClientTask) -> Supernet:

@@ -27,7 +27,9 @@ def add_scaled(total: np.ndarray, index: Index, values: np.ndarray, weight: int)
     """`total[index] += round(values * weight * 2^30)`, in place; `total` int64, `values` in the indexed shape."""
     factor = np.float64(weight * _SCALE)
     if values.size <= _CHUNK or any(isinstance(item, np.ndarray) for item in index):
-        total[_orthogonal(index, total.shape)] += np.rint(values * factor).astype(np.int64)
+        scaled = values * factor
+        np.rint(scaled, out=scaled)
+        total[_orthogonal(index, total.shape)] += scaled.astype(np.int64)
         return
     target = total[index]  # a view: large tensors go through in rows that stay in the cache
     rows = max(1, _CHUNK * len(values) // values.size)
