@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,11 +43,17 @@ def local_client(context: Context) -> LocalClient:
             f"node config: expected an integer 'partition-id', found {partition!r}; start the node with "
             '--node-config "partition-id=0 num-partitions=1"'
         )
-    conf = load_conf(context.run_config)
-    profiles = fleet_profiles(conf)
+    data, profiles = _simulation(tuple(sorted(context.run_config.items())))
     if partition >= len(profiles):
         raise ConfigError(f"partition-id {partition} is beyond the fleet of {len(profiles)} clients")
-    return LocalClient(client_id(partition), profiles[partition], federation(conf).client(partition))
+    return LocalClient(client_id(partition), profiles[partition], data.client(partition))
+
+
+@lru_cache(maxsize=2)
+def _simulation(run_config: tuple[tuple[str, object], ...]) -> tuple[FederatedData, tuple[DeviceProfile, ...]]:
+    """The data and the fleet of a run; a process reads its settings once."""
+    conf = load_conf(dict(run_config))
+    return federation(conf), fleet_profiles(conf)
 
 
 def federation(conf: SimulateConf) -> FederatedData:
@@ -63,25 +69,15 @@ def federation(conf: SimulateConf) -> FederatedData:
         calibration_examples=conf.data.calibration_examples,
         seed=conf.seed,
     )
-    return _federation(conf.data.name, conf.data.path, conf.data.cache_dir, spec)
-
-
-@lru_cache(maxsize=2)
-def _federation(name: str, path: str | None, cache_dir: str, spec: PartitionSpec) -> FederatedData:
-    return load_federation(name, Path(path) if path else None, Path(cache_dir).expanduser(), spec)
+    path = Path(conf.data.path) if conf.data.path else None
+    return load_federation(conf.data.name, path, Path(conf.data.cache_dir).expanduser(), spec)
 
 
 def fleet_profiles(conf: SimulateConf) -> tuple[DeviceProfile, ...]:
     """Every simulated client's device, by partition."""
-    classes = tuple(
-        (name, item.share, item.memory_bytes, item.macs_per_second, item.uplink_bytes_per_second,
-         item.downlink_bytes_per_second, item.availability)
-        for name, item in conf.fleet.classes.items()
-    )  # fmt: skip
-    return _fleet_profiles(classes, conf.fleet.num_clients, conf.seed)
-
-
-@lru_cache(maxsize=2)
-def _fleet_profiles(classes: tuple[tuple, ...], num_clients: int, seed: int) -> tuple[DeviceProfile, ...]:
-    named = {name: (share, DeviceProfile(name, *budgets)) for name, share, *budgets in classes}
-    return tuple(assign_profiles(named, num_clients, np.random.default_rng([seed, _FLEET_STREAM])))
+    classes = {}
+    for name, item in conf.fleet.classes.items():
+        budgets = {key: value for key, value in asdict(item).items() if key != "share"}
+        classes[name] = (item.share, DeviceProfile(name, **budgets))
+    rng = np.random.default_rng([conf.seed, _FLEET_STREAM])
+    return tuple(assign_profiles(classes, conf.fleet.num_clients, rng))

@@ -106,7 +106,8 @@ def fine_tune(
         optimiser = _build_optimiser(parameters, training)
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
         for batch in _batches(len(labels), training, generator):
-            optimiser.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             logits = model(shifted(inputs[batch], training.max_shift, generator))
             loss = functional.cross_entropy(logits, labels[batch], label_smoothing=training.label_smoothing)
             loss.backward()
@@ -142,9 +143,9 @@ def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tenso
 
 def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> torch.optim.Optimizer:
     if training.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+        return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay, fused=True)
     return torch.optim.SGD(
-        parameters, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        parameters, training.learning_rate, training.momentum, weight_decay=training.weight_decay, fused=True
     )
 
 
