@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
+from fedofa.report.placement import find_places, leader_length, spread
 from fedofa.types.errors import ConfigError
 
 _DPI = 150
@@ -172,43 +173,7 @@ def _colour(point: _Point) -> str:
 
 # Labels beside points
 
-_GAPS_POINTS = (4, 9, 15, 22, 30, 40, 52, 66, 82, 100, 120, 145, 170, 200)
-_NUM_SWEEPS = 3
 _LEADER_FROM_POINTS = 8  # labels further from their marker than this get a line to it
-# Where a label's centre may lie from its marker, in units of its half size: right and below first, then around.
-_SIDES = sorted(
-    (side for side in itertools.product((-1, -0.5, 0, 0.5, 1), repeat=2) if max(map(abs, side)) == 1),
-    key=lambda side: (side[1] > 0, side[0] < 0, abs(side[0] * side[1])),
-)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a label lies, and the line that leads to it from the edge of its marker, `(2, 2)`; both in points."""
-
-    box: Bbox
-    leader: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a label must not cover, and should not cross, in points."""
-
-    frame: Bbox
-    markers: list[Bbox]  # of the other points
-    line: Polyline  # through the subnets
-    others: list[_Place]
-
-    def cost(self, place: _Place) -> float:
-        """The length of the leader, and more for what the label or its leader covers."""
-        box, leader = place.box, Polyline(place.leader)
-        outside = bool(np.any(np.less(box.min, self.frame.min) | np.greater(box.max, self.frame.max)))
-        covered = sum(box.overlaps(other) for other in (*self.markers, *(other.box for other in self.others)))
-        hidden = sum(Polyline(other.leader).intersects_bbox(box, filled=False) for other in self.others)
-        hidden += sum(leader.intersects_bbox(other.box, filled=False) for other in self.others)
-        crossed = sum(leader.intersects_bbox(marker, filled=False) for marker in self.markers)
-        crossed += self.line.intersects_bbox(box, filled=False)
-        return 1e6 * (outside + covered) + 1e3 * hidden + 40 * crossed + _length(place.leader)
 
 
 def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
@@ -220,7 +185,7 @@ def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
     for block in blocks:
         block.set_figure(axes.figure)  # a text has no size before it knows its figure
     sizes = [np.array(block.get_window_extent().size) * scale for block in blocks]
-    places = _find_places(anchors, sizes, Bbox(axes.bbox.get_points() * scale), line)
+    places = find_places(anchors, sizes, Bbox(axes.bbox.get_points() * scale), line, _MARKER_RADIUS_POINTS)
     for block, xy, anchor, place in zip(blocks, data, anchors, places, strict=True):
         x, y = place.box.get_points().mean(axis=0) - anchor
         axes.add_artist(
@@ -228,37 +193,9 @@ def _label_points(axes: Axes, points: Sequence[_Point]) -> None:
                 block, xy, (x, y), boxcoords="offset points", frameon=False, pad=0, annotation_clip=False, zorder=4
             )
         )
-        if _length(place.leader) > _LEADER_FROM_POINTS:
+        if leader_length(place.leader) > _LEADER_FROM_POINTS:
             ends = axes.transData.inverted().transform(place.leader / scale)
             axes.plot(ends[:, 0], ends[:, 1], color=_GREY, linewidth=0.6, alpha=0.7, zorder=2)
-
-
-def _find_places(anchors: np.ndarray, sizes: Sequence[np.ndarray], frame: Bbox, line: Polyline) -> list[_Place]:
-    """The cheapest place for each label, one after the other, then again now that the other labels are known.
-
-    `anchors` are the markers' centres, `(num_labels, 2)`, `sizes` the labels' widths and heights, all in points.
-    """
-    markers = [Bbox([anchor, anchor]).padded(_MARKER_RADIUS_POINTS + 1.5) for anchor in anchors]
-    places: dict[int, _Place] = {}
-    for _ in range(_NUM_SWEEPS):
-        for index, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
-            others = [place for other, place in places.items() if other != index]
-            around = _Surroundings(frame, markers[:index] + markers[index + 1 :], line, others)
-            places[index] = min(_candidates(anchor, size), key=around.cost)
-    return [places[index] for index in range(len(anchors))]
-
-
-def _candidates(anchor: np.ndarray, size: np.ndarray) -> Iterator[_Place]:
-    for gap, side in itertools.product(_GAPS_POINTS, _SIDES):
-        centre = anchor + np.array(side) * (size / 2 + _MARKER_RADIUS_POINTS + gap)
-        box = Bbox([centre - size / 2, centre + size / 2]).padded(2)
-        end = np.clip(anchor, box.min, box.max)
-        direction = (end - anchor) / np.linalg.norm(end - anchor)
-        yield _Place(box, np.array([anchor + direction * (_MARKER_RADIUS_POINTS + 1), end]))
-
-
-def _length(leader: np.ndarray) -> float:
-    return float(np.linalg.norm(leader[1] - leader[0]))
 
 
 def _label_block(point: _Point) -> VPacker:
@@ -485,32 +422,9 @@ def _label_ends(axes: Axes, curves: Sequence[_Curve]) -> None:
     axes.autoscale_view()  # otherwise matplotlib fits the limits when it draws, after the labels have their places
     heights = [Text.get_window_extent(label).height + 4 for label in labels]
     centres = [axes.transData.transform(end)[1] for end in ends]
-    pixels = _spread(centres, heights, axes.bbox.y0, axes.bbox.y1)
+    pixels = spread(centres, heights, axes.bbox.y0, axes.bbox.y1)
     for label, y in zip(labels, pixels, strict=True):
         label.set_position((1.025, axes.transData.inverted().transform((0, y))[1]))
-
-
-def _spread(centres: Sequence[float], heights: Sequence[float], low: float, high: float) -> np.ndarray:
-    """Move intervals apart: their new centres, in the old order and as near as can be (least squares).
-
-    The intervals then lie within `low` and `high` when they fit there at all. With the heights of the intervals below
-    taken off, the centres need only not decrease, which is isotonic regression: neighbours that do are pooled.
-    """
-    order = np.argsort(centres, kind="stable")
-    stacked = np.asarray(heights, dtype=float)[order]
-    below = np.cumsum(stacked) - stacked / 2
-    pools: list[tuple[float, int]] = []  # mean and number of members
-    for wanted in np.asarray(centres, dtype=float)[order] - below:
-        mean, num_members = float(wanted), 1
-        while pools and pools[-1][0] > mean:
-            other_mean, num_others = pools.pop()
-            mean = (mean * num_members + other_mean * num_others) / (num_members + num_others)
-            num_members += num_others
-        pools.append((mean, num_members))
-    floors = np.repeat([mean for mean, _ in pools], [num for _, num in pools])
-    spread = np.empty(len(order))
-    spread[order] = np.clip(floors, low, max(low, high - stacked.sum())) + below
-    return spread
 
 
 # What both pictures share

@@ -19,7 +19,8 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from fedofa.report.plots import _accuracy_figure, _rounds_figure, _spread, plot_accuracy_vs_macs, plot_rounds
+from fedofa.report.placement import spread
+from fedofa.report.plots import _accuracy_figure, _rounds_figure, plot_accuracy_vs_macs, plot_rounds
 from fedofa.types.errors import ConfigError
 
 PEER = "FedAvg on the subnet of the weakest device"
@@ -307,16 +308,16 @@ def test_rounds_that_cannot_be_drawn_are_refused(rounds: list[dict], message: st
 @given(st.lists(st.tuples(st.floats(-50, 150), st.floats(0.5, 10)), min_size=1, max_size=10))
 def test_spread_keeps_intervals_apart_inside_and_in_order(intervals: list[tuple[float, float]]) -> None:
     centres, heights = (np.array(column) for column in zip(*intervals, strict=True))
-    spread = _spread(centres, heights, 0, 100)
-    order = np.argsort(spread, kind="stable")
-    lows, highs = (spread - heights / 2)[order], (spread + heights / 2)[order]
+    apart = spread(centres, heights, 0, 100)
+    order = np.argsort(apart, kind="stable")
+    lows, highs = (apart - heights / 2)[order], (apart + heights / 2)[order]
     assert (lows[1:] >= highs[:-1] - 1e-9).all() and lows[0] >= -1e-9 and highs[-1] <= 100 + 1e-9
     assert (np.diff(centres[order]) >= 0).all()
 
 
 def test_spread_moves_as_little_as_can_be() -> None:
-    np.testing.assert_allclose(_spread([10, 50, 50], [4, 4, 4], 0, 100), [10, 48, 52])
-    np.testing.assert_allclose(_spread([99, 0], [4, 4], 0, 100), [98, 2])
+    np.testing.assert_allclose(spread([10, 50, 50], [4, 4, 4], 0, 100), [10, 48, 52])
+    np.testing.assert_allclose(spread([99, 0], [4, 4], 0, 100), [98, 2])
 
 
 # Files

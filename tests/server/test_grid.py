@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedofa.types.errors import CheckpointError, ConfigError, WireError
-from server import grid as grid_module
 from server.carrier import (
     INLINE_LIMIT_BYTES,
     MemoryFiles,
@@ -30,7 +29,8 @@ from server.carrier import (
     receive_parcel,
     send_parcel,
 )
-from server.grid import GridError, InProcessGrid, available_cores
+from server.dispatcher import MAX_IDLE_DEATHS, GridError
+from server.grid import InProcessGrid, available_cores
 from server.worker import FIRST_NODE_ID, describe_exit
 
 HERE = Path(__file__).parent
@@ -316,7 +316,7 @@ def test_a_failure_is_one_error_reply_and_the_others_go_on(
 
 
 def test_more_crashes_than_idle_deaths_allowed_do_not_end_the_grid(grid: InProcessGrid) -> None:
-    nodes = grid.get_node_ids()[: grid_module._MAX_IDLE_DEATHS + 2]
+    nodes = grid.get_node_ids()[: MAX_IDLE_DEATHS + 2]
     replies = grid.send_and_receive([failing(node, "os._exit") for node in nodes])
     assert [reply.error.code for reply in replies] == [ErrorCode.CLIENT_APP_CRASHED] * len(nodes)
     (reply,) = grid.send_and_receive([message_to(nodes[0])])
