@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +88,11 @@ def build_parts(conf: SimulateConf) -> Parts:
     data = federation(conf)
     images = data.image_set
     supernet = build_supernet(_description(conf, data), torch.Generator().manual_seed(conf.seed))
-    search = FitSearch(supernet.space, supernet.block_costs, _plans(conf.finetune), AnalyticCostModel())
+    plans = _plans(conf.finetune)
+    smallest = supernet.block_costs(supernet.space.smallest())
+    for plan_of in itertools.chain.from_iterable(plans):
+        plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
+    search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
     normalisation = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation)
     return Parts(conf, data, supernet, search, training, optimiser, scorer)

@@ -140,6 +140,8 @@ class FedOFA(Strategy):
                 result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
             self._finish_round(grid, watch)
             result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
+        if not self.scores:  # a run that was complete when it was resumed
+            self.scores = self.scorer.score(self.state, self.subnets())
         return result
 
     def enrol(self, grid: Grid) -> list[ClientInfo]:

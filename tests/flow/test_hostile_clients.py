@@ -39,7 +39,7 @@ def test_a_run_with_every_kind_of_failure_equals_the_same_cohort_without_those_c
         assert {failure["client"] for failure in record["failures"]} == asked & culprits
         assert record["folded"] == len(asked - culprits) > 0
     reasons = {f["client"]: f["reason"] for record in hostile.log.read() for f in record["failures"]}
-    expected = {0: "out of battery", 1: "SIGKILL", 2: "not finite", 4: "expected shape", 5: "surprise", 6: "client id",
+    expected = {0: "out of battery", 1: "signal 9", 2: "not finite", 4: "expected shape", 5: "surprise", 6: "client id",
                 7: "round", 8: "base version", 9: "number of examples", 10: "checksum", 11: "packed buffer",
                 12: "plan", 13: "missing", 14: "out of the fold's range"}  # fmt: skip
     for number, words in expected.items():
