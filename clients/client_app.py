@@ -68,6 +68,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def score(message: Message, context: Context) -> Message:
     """Score the received subnet on the client's own test examples."""
+    torch.set_num_threads(1)
     client = local_client(context)
     task, received = decode_task(packed_buffer(message))
     model, supernet = _subnets.load(task, received)

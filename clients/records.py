@@ -63,7 +63,7 @@ def message_facts(message: Message) -> dict[str, Any]:
     text = record.get("json") if isinstance(record, ConfigRecord) else None
     try:
         facts = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
         raise WireError(f"expected a JSON object in the message, found the records {sorted(message.content)}")

@@ -26,7 +26,11 @@ _KEPT = 2
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the rounds so far; time and memory over all processes that worked on the run."""
+    """Sums over the rounds so far; time and memory over all processes of the run.
+
+    Training rounds with their evaluations; introductions, planning, writing the checkpoint and the clients' own
+    evaluation at the end are apart.
+    """
 
     bytes_down: int = 0
     bytes_up: int = 0
@@ -45,6 +49,7 @@ class Checkpoint:
         client_states: simulated client (partition) -> its serialised state.
         totals: sums over the rounds so far.
         run: what identifies the run; a checkpoint of another run is refused.
+        fleet: digest of the clients that take part.
         log_bytes: length of `rounds.jsonl` with this round's line; a longer file holds rounds that did not finish.
     """
 
@@ -53,6 +58,7 @@ class Checkpoint:
     client_states: Mapping[int, bytes]
     totals: Totals
     run: Mapping[str, Any]
+    fleet: str
     log_bytes: int
 
 
@@ -83,6 +89,7 @@ class CheckpointStore:
             "version": checkpoint.state.version,
             "totals": asdict(checkpoint.totals),
             "run": dict(checkpoint.run),
+            "fleet": checkpoint.fleet,
             "log_bytes": checkpoint.log_bytes,
             "tensors_bytes": len(tensors),
             "tensors_xxh3_128": xxhash.xxh3_128_hexdigest(tensors),
@@ -121,6 +128,15 @@ class CheckpointStore:
             raise CheckpointError(f"{error}. {self._offer(wanted)}") from error
         _check_run(checkpoint, run, self._path(wanted))
         return checkpoint
+
+    def newest_intact(self, run: Mapping[str, Any]) -> Checkpoint | None:
+        """The newest checkpoint of this run that can be read, for runs that may as well start over."""
+        for number in reversed(self.rounds()):
+            try:
+                return self.load(run, number)
+            except CheckpointError:
+                continue
+        return None
 
     def _offer(self, damaged: int) -> str:
         for older in reversed([number for number in self.rounds() if number < damaged]):
@@ -204,7 +220,7 @@ def _flatten(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     flat |= {
         f"client/{partition}": np.frombuffer(value, np.uint8) for partition, value in checkpoint.client_states.items()
     }
-    return {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    return {name: np.asarray(value, order="C") for name, value in flat.items()}
 
 
 def _unflatten(flat: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> Checkpoint:
@@ -223,7 +239,9 @@ def _unflatten(flat: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> C
             clients[int(name)] = value.tobytes()
     state = SharedState(int(manifest["version"]), tensors, ordering, moments)
     totals = Totals(**manifest["totals"])
-    return Checkpoint(manifest["round"], state, clients, totals, manifest["run"], manifest["log_bytes"])
+    return Checkpoint(
+        manifest["round"], state, clients, totals, manifest["run"], manifest["fleet"], manifest["log_bytes"]
+    )
 
 
 def _check_run(checkpoint: Checkpoint, run: Mapping[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
 
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         actions[command](overrides)
     except FedofaError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        text = f"[bold red]error:[/bold red] {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         print("stopped; go on with the same command and resume=true", file=sys.stderr)
@@ -65,7 +67,7 @@ def print_settings(overrides: Sequence[str]) -> None:
 def simulate(overrides: Sequence[str]) -> None:
     """Run the ServerApp in this process and the ClientApp in worker processes."""
     for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        os.environ[name] = value
     from conf.compose import compose_conf, encode_conf
 
     conf = compose_conf(overrides)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clients.local import federation
+from clients.local import federation, fleet_profiles
 from conf.compose import encode_conf
 from conf.schema import AggregationConf, FinetuneConf, SimulateConf
 from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain, ServerOptimiser
@@ -22,6 +22,7 @@ from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import build_supernet
+from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
@@ -83,6 +84,7 @@ def build_parts(conf: SimulateConf) -> Parts:
         ConfigError, DatasetError: naming the setting.
     """
     _check(conf)
+    fleet_profiles(conf)  # device classes out of range are refused here, not by every client
     training = build_training(conf.finetune)
     optimiser = build_optimiser(conf.aggregation)
     data = federation(conf)
@@ -182,6 +184,10 @@ def _check(conf: SimulateConf) -> None:
             raise ConfigError(f"{name}: expected a positive number, found {value!r}")
     if conf.seed < 0:
         raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
+    if conf.fleet.clients_per_round > MAX_DELTAS:
+        raise ConfigError(
+            f"fleet.clients_per_round: expected at most {MAX_DELTAS}, found {conf.fleet.clients_per_round}"
+        )
     if conf.fleet.clients_per_round > conf.fleet.num_clients:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most fleet.num_clients ({conf.fleet.num_clients}), "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +55,12 @@ class FleetPlan:
             (subnet, _), *_ = Counter(fit.subnet for fit in fits[name]).most_common(1)
             common[name] = (next(fit for fit in fits[name] if fit.subnet == subnet), len(fits[name]))
         return common
+
+    def digest(self) -> str:
+        """16 hex digits over the clients that take part: ids, devices and data sizes; not over nodes."""
+        clients = [self.assignments[name].client for name in sorted(self.assignments)]
+        rows = [[item.client_id, item.profile.to_json(), item.num_train, item.num_test] for item in clients]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def weakest(self) -> Fit:
         """The fit of least capacity in the fleet."""
@@ -145,18 +153,21 @@ def untrainable(supernet: Supernet, state: SharedState, fits: Iterable[Fit]) -> 
     return {name: share for name, share in missing.items() if share > 0}
 
 
-def check_clients(clients: Sequence[ClientInfo]) -> list[ClientInfo]:
-    """The clients by id.
+def distinct_clients(
+    clients: Sequence[ClientInfo], refused: Mapping[str, str]
+) -> tuple[list[ClientInfo], dict[str, str]]:
+    """The clients by id without those whose id more than one node states, and who takes no part and why.
 
     Raises:
-        ConfigError: when two nodes state the same id, or nobody answered.
+        ConfigError: when nobody is left.
     """
-    if not clients:
-        raise ConfigError("no client answered the query; check that the clients run and see the server")
     counts = Counter(client.client_id for client in clients)
-    twice = sorted(name for name, count in counts.items() if count > 1)
-    if twice:
-        raise ConfigError(
-            f"client ids must be unique, found {twice[:5]} at more than one node; give every node its own partition-id"
-        )
-    return sorted(clients, key=lambda client: client.client_id)
+    kept = sorted((client for client in clients if counts[client.client_id] == 1), key=lambda client: client.client_id)
+    out = dict(refused)
+    for name, count in sorted(counts.items()):
+        if count > 1:
+            out[name] = f"{count} nodes state this id; give every node an id of its own"
+    if not kept:
+        why = next(iter(out.values()), "no node is there")
+        raise ConfigError(f"no client introduced itself properly; for example: {why}")
+    return kept, out

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.numpy import save as save_tensors
 from conf.compose import encode_conf
 from fedofa.report.plots import plot_accuracy_vs_macs, plot_rounds
 from fedofa.search.fit import Fit
+from fedofa.types.errors import ConfigError
 from fedofa.types.space import SubnetConfig
 from server.checkpoint import replace_file
 from server.federation import Parts
@@ -28,6 +31,26 @@ _VERSIONS = ("fedofa", "torch", "numpy", "flwr")
 COMPARISON_NAME = "FedAvg on the weakest device's subnet"
 
 
+@contextmanager
+def exclusive(output_dir: Path) -> Iterator[None]:
+    """Hold the folder for one run; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: when another run is writing there, or the folder cannot be made.
+    """
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock = (output_dir.parent / f".{output_dir.name}.lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"output_dir: {output_dir} cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output_dir: another run is writing to {output_dir}; choose another folder") from None
+        yield
+
+
 def set_aside(output_dir: Path) -> None:
     """Move an earlier run out of the way, so that nothing is lost: "simulate" becomes "simulate.<date and time>"."""
     if any((output_dir / marker).exists() for marker in _MARKERS):
@@ -36,7 +59,10 @@ def set_aside(output_dir: Path) -> None:
         while target.exists():
             number += 1
             target = output_dir.with_name(f"{output_dir.name}.{stamp}-{number}")
-        output_dir.rename(target)
+        try:
+            output_dir.rename(target)
+        except OSError as error:
+            raise ConfigError(f"output_dir: the earlier run in {output_dir} cannot be moved aside: {error}") from error
     output_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -49,7 +75,7 @@ def write_outputs(
     arrays = {**state.tensors, **{f"ordering/{name}": order for name, order in state.ordering.items()}}
     replace_file(
         output_dir / "supernet.safetensors",
-        save_tensors({name: np.ascontiguousarray(value) for name, value in arrays.items()}),
+        save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()}),
     )
     supernet = {"supernet": parts.supernet.description(), "normalisation": dict(parts.scorer.normalisation)}
     replace_file(output_dir / "supernet.json", json.dumps(supernet, indent=1).encode())

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -15,18 +16,24 @@ from server.fleet import FleetPlan
 from server.rounds import RoundRecord
 
 
+def wide_console(*, stderr: bool = False) -> Console:
+    """A console that does not fold tables to 80 columns where its output is not a terminal."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=140)
+
+
 class Progress:
     """Watches one run after the other; on a terminal as a moving bar, elsewhere as a line an evaluation."""
 
     def __init__(self, num_rounds: int, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or wide_console(stderr=True)
         self._num_rounds = num_rounds
         self._title = "FedOFA"
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -58,7 +65,7 @@ class Progress:
             table.add_row(name, str(clients), *_cells(fit))
         self._console.print(table)
         for client, reason in plan.sitting_out.items():
-            self._console.print(f"[yellow]{client} sits out:[/yellow] {reason}", highlight=False)
+            self._console.print(f"[yellow]{escape(client)} sits out:[/yellow] {escape(reason)}", highlight=False)
 
     def round_finished(self, record: RoundRecord) -> None:
         """Move the bar."""
@@ -71,7 +78,8 @@ class Progress:
         status = f"{record.folded} of {len(record.cohort)} clients{failed}, {loss} | {self._accuracy}"
         self._bars.update(self._task, completed=record.round, status=status)
         if record.scores and not self._console.is_terminal:
-            self._console.print(f"{self._title}: round {record.round} of {self._num_rounds}: {status}", soft_wrap=True)
+            line = f"{self._title}: round {record.round} of {self._num_rounds}: {status}"
+            self._console.print(line, soft_wrap=True, markup=False)
 
 
 def _cells(fit: Fit) -> list[str]:

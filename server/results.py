@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+
+from server.progress import wide_console
 
 
 def print_results(output_dir: Path) -> None:
     """Print a run's summary."""
     summary = json.loads((output_dir / "summary.json").read_text())
-    console = Console()
+    console = wide_console()
     table = Table("subnet", "MMACs", "parameters", "accuracy", "clients' own test", "limited by")
     rows = [*summary["subnets"], *([summary["comparison"]] if summary["comparison"] else [])]
     for row in rows:
@@ -27,7 +28,7 @@ def print_results(output_dir: Path) -> None:
         )
     console.print(table)
     for client, reason in summary["sitting_out"].items():
-        console.print(f"{client} sat out: {reason}", highlight=False)
+        console.print(f"{client} sat out: {reason}", highlight=False, markup=False)
     if summary["untrainable"]:
         worst = max(summary["untrainable"].items(), key=lambda item: item[1])
         console.print(
@@ -37,7 +38,7 @@ def print_results(output_dir: Path) -> None:
         )
     console.print(
         f"{summary['rounds']} rounds, {summary['num_clients']} clients, {summary['num_failures']} failures, "
-        f"{summary['wall_seconds']:.0f} s wall, {summary['cpu_seconds']:.0f} s CPU, "
+        f"{summary['wall_seconds']:.0f} s wall and {summary['cpu_seconds']:.0f} s CPU in the rounds, "
         f"{summary['bytes_down'] / 1e6:.0f} MB down, {summary['bytes_up'] / 1e6:.0f} MB up. "
         f"Results, pictures and the supernet are in {output_dir}",
         highlight=False,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedofa.evaluation.metrics import Score
+from fedofa.types.errors import CheckpointError
 from server.fleet import Assignment
 
 
@@ -95,8 +96,14 @@ class RoundLog:
 
     def cut(self, length: int) -> None:
         """Drop what was written after the checkpoint that a run goes on from."""
-        if self.path.exists():
-            os.truncate(self.path, min(length, self.path.stat().st_size))
+        found = self.path.stat().st_size if self.path.exists() else 0
+        if found < length:
+            raise CheckpointError(
+                f"{self.path} is shorter ({found:,} bytes) than when the checkpoint was made ({length:,}); restore the "
+                "file, or start again without resume"
+            )
+        if found:
+            os.truncate(self.path, length)
 
     def read(self) -> list[dict[str, Any]]:
         """All lines."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -11,7 +12,7 @@ from conf.compose import load_conf
 from conf.schema import SimulateConf
 from fedofa.types.errors import CheckpointError
 from server.federation import Parts, build_parts
-from server.outputs import set_aside, write_outputs
+from server.outputs import exclusive, set_aside, write_outputs
 from server.progress import Progress
 from server.strategy import FedOFA
 
@@ -24,9 +25,15 @@ COMPARISON = "fedavg_weakest"
 def main(grid: Grid, context: Context) -> None:
     """Run the federation, then (with `evaluation.comparison`) federated averaging on the weakest device's subnet."""
     conf = load_conf(context.run_config)
-    output_dir = Path(conf.output_dir)
-    if not conf.resume:
-        set_aside(output_dir)
+    torch.set_num_threads(1)  # the fold must not depend on how many there are
+    output_dir = Path(conf.output_dir).resolve()
+    with exclusive(output_dir):
+        if not conf.resume:
+            set_aside(output_dir)
+        _main(grid, conf, output_dir)
+
+
+def _main(grid: Grid, conf: SimulateConf, output_dir: Path) -> None:
     parts = build_parts(conf)
     with Progress(conf.rounds) as progress:
         strategy = _run(parts, output_dir, grid, progress)
@@ -49,9 +56,13 @@ def _run(parts: Parts, output_dir: Path, grid: Grid, progress: Progress, *, unif
 
 
 def _restore(strategy: FedOFA, conf: SimulateConf, grid: Grid) -> None:
-    wanted = None if strategy.settings.uniform else conf.resume_round
-    checkpoint = strategy.checkpoints.load(strategy.run, wanted)
+    if strategy.settings.uniform:  # it can be run again, so a damaged checkpoint of it is not worth a question
+        checkpoint = strategy.checkpoints.newest_intact(strategy.run)
+    else:
+        checkpoint = strategy.checkpoints.load(strategy.run, conf.resume_round)
     if checkpoint is None:
+        strategy.checkpoints.drop_after(0)
+        strategy.log.cut(0)
         return
     if checkpoint.round > conf.rounds:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -21,13 +22,13 @@ from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
 from fedofa.supernet.base import Supernet
 from fedofa.types.device import DeviceProfile
-from fedofa.types.errors import ConfigError, DeltaError, FoldError, WireError
+from fedofa.types.errors import CheckpointError, ConfigError, DeltaError, FoldError, WireError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 from fedofa.update.exchange import ClientTask, decode_delta, encode_task
 from fedofa.update.verification import Expectation, verify_delta
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
-from server.fleet import Assignment, ClientInfo, FleetPlan, check_clients, draw_cohort, plan_fleet, plan_uniform
+from server.fleet import Assignment, ClientInfo, FleetPlan, distinct_clients, draw_cohort, plan_fleet, plan_uniform
 from server.resources import Stopwatch
 from server.rounds import RoundLog, RoundRecord
 from server.scoring import Scorer
@@ -37,7 +38,11 @@ _COHORT_STREAM = 2
 """Tells the cohort's random numbers from others that are drawn from the same seed."""
 
 MAX_EXAMPLES = 10**7
-"""Training examples that a client may state; it is the client's weight in the fold."""
+"""Examples that a client may state; those for training are its weight in the fold."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,63}")
+_RESERVED = ("largest", "smallest", "uniform")
+"""Names of watched subnets, which no device class may take."""
+_MAX_LOSS = 1e6
 _FINAL_RATE = 0.01
 """Share of the learning rate that is left in the last round of a decay."""
 
@@ -105,6 +110,7 @@ class FedOFA(Strategy):
     plan: FleetPlan = field(init=False)
     totals: Totals = field(init=False, default_factory=Totals)
     done: int = field(init=False, default=0)
+    fleet: str = field(init=False, default="")  # digest of the clients that take part
     scores: dict[str, Score] = field(init=False, default_factory=dict)
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -126,15 +132,13 @@ class FedOFA(Strategy):
         result = Result()
         if isinstance(grid, KeepsClientStates) and not self.done:
             grid.import_states({})
-        self.plan = self._plan(self.enrol(grid))
+        self.plan = self._plan(*self.enrol(grid))
+        self._check_fleet()
         self.summary()
         for server_round in range(self.done + 1, num_rounds + 1):
             watch = Stopwatch()
             messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-            replies = stream_replies(
-                grid, messages, max_in_flight=self.settings.max_in_flight, reply_seconds=self.settings.reply_seconds
-            )
-            _, metrics = self.aggregate_train(server_round, replies)
+            _, metrics = self.aggregate_train(server_round, self._exchange(grid, messages))
             if server_round % self.settings.evaluate_every == 0 or server_round == num_rounds:
                 self._record.scores = self.scores = self.scorer.score(self.state, self.subnets())
                 result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
@@ -144,18 +148,38 @@ class FedOFA(Strategy):
             self.scores = self.scorer.score(self.state, self.subnets())
         return result
 
-    def enrol(self, grid: Grid) -> list[ClientInfo]:
-        """Ask every node who it is; those that do not answer properly take no part."""
+    def enrol(self, grid: Grid) -> tuple[list[ClientInfo], dict[str, str]]:
+        """Ask every node who it is: the clients by id, and of the others why they take no part."""
         questions = (Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids())
-        limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
-        answers = stream_replies(grid, questions, **limits)
-        return check_clients([info for answer in answers if (info := _client_info(answer)) is not None])
+        clients, refused = [], {}
+        for answer in self._exchange(grid, questions):
+            try:
+                clients.append(_client_info(answer))
+            except DeltaError as error:
+                refused[f"node {answer.metadata.src_node_id}"] = str(error)
+        return distinct_clients(clients, refused)
 
-    def _plan(self, clients: list[ClientInfo]) -> FleetPlan:
+    def _exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[Message]:
+        limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
+        return stream_replies(grid, messages, **limits)
+
+    def _plan(self, clients: list[ClientInfo], refused: dict[str, str]) -> FleetPlan:
         plan = plan_fleet(clients, self.search, self._work, self.settings.round_seconds)
+        plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
         if not plan.assignments:
             raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
         return plan_uniform(plan, plan.weakest()) if self.settings.uniform else plan
+
+    def _check_fleet(self) -> None:
+        """Refuse to go on with another fleet: every later cohort, and so the result, would differ."""
+        found = self.plan.digest()
+        if self.fleet and self.fleet != found:
+            raise CheckpointError(
+                f"the fleet is not the one that the checkpoint was made with: its digest was {self.fleet}, now it is "
+                f"{found}, with {len(self.plan.assignments)} clients that take part and {len(self.plan.sitting_out)} "
+                "that do not; resume when the same clients answer, with the same devices and data"
+            )
+        self.fleet = found
 
     # -- one round ---------------------------------------------------------------------------------------------------
 
@@ -193,8 +217,13 @@ class FedOFA(Strategy):
             float_dtype=self.settings.float_dtype,
         )
         if fit.plan.statistics == "frozen":
-            return encode_task(task, self.scorer.calibrated_tensors(self.state, fit.subnet))
-        return encode_task(task, self.supernet.slice_map(fit.subnet).extract(self.state.tensors))
+            tensors = self.scorer.calibrated_tensors(self.state, fit.subnet)
+        else:
+            tensors = self.supernet.slice_map(fit.subnet).extract(self.state.tensors)
+        try:
+            return encode_task(task, tensors)
+        except WireError:  # a weight is out of half precision's range: this payload travels whole
+            return encode_task(replace(task, float_dtype="float32"), tensors)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -234,7 +263,7 @@ class FedOFA(Strategy):
         verify_delta(delta, expected)
         sums.add(delta)
         loss = message_metrics(reply).get("loss", math.nan)
-        if math.isfinite(loss):
+        if 0 <= loss <= _MAX_LOSS:
             self._record.losses.append((loss, delta.num_examples))
         self._accepted.append(reply.metadata.reply_to_message_id)
 
@@ -255,7 +284,7 @@ class FedOFA(Strategy):
             peak_rss_bytes=max(self.totals.peak_rss_bytes, watch.peak_rss_bytes()),
         )
         length = self.log.append(record)
-        self.checkpoints.save(Checkpoint(self.done, self.state, states, self.totals, self.run, length))
+        self.checkpoints.save(Checkpoint(self.done, self.state, states, self.totals, self.run, self.fleet, length))
         for observer in self.observers:
             observer.round_finished(record)
 
@@ -281,22 +310,20 @@ class FedOFA(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Accuracy on the clients' own test examples by device class, weighted by examples."""
-        sums: dict[str, list[float]] = {}
+        sums: dict[str, list[int]] = {}
         for reply in replies:
-            metrics = {} if reply.has_error() else message_metrics(reply)
-            count, accuracy = metrics.get("num_examples", 0.0), metrics.get("accuracy", math.nan)
-            if count > 0 and 0 <= accuracy <= 1:
-                device_class = self._cohort[reply.metadata.src_node_id].client.profile.device_class
-                total = sums.setdefault(device_class, [0.0, 0.0])
-                total[0] += accuracy * count
-                total[1] += count
+            client = self._cohort[reply.metadata.src_node_id].client
+            accuracy = math.nan if reply.has_error() else message_metrics(reply).get("accuracy", math.nan)
+            if 0 <= accuracy <= 1:
+                total = sums.setdefault(client.profile.device_class, [0, 0])
+                total[0] += round(accuracy * client.num_test)
+                total[1] += client.num_test
         return MetricRecord({name: right / count for name, (right, count) in sorted(sums.items())}) if sums else None
 
     def score_on_clients(self, grid: Grid) -> dict[str, float]:
         """Run one evaluation over the whole fleet; device class -> accuracy on the clients' own test examples."""
         messages = self.configure_evaluate(self.done, ArrayRecord(), ConfigRecord(), grid)
-        limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
-        metrics = self.aggregate_evaluate(self.done, stream_replies(grid, messages, **limits))
+        metrics = self.aggregate_evaluate(self.done, self._exchange(grid, messages))
         return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, float)}
 
     # -- what it is made of ------------------------------------------------------------------------------------------
@@ -309,8 +336,9 @@ class FedOFA(Strategy):
     def restore(self, checkpoint: Checkpoint, grid: Grid) -> None:
         """Go on from a checkpoint; what was written after it is dropped."""
         self.state, self.totals, self.done = checkpoint.state, checkpoint.totals, checkpoint.round
-        self.log.cut(checkpoint.log_bytes)
+        self.fleet = checkpoint.fleet
         self.checkpoints.drop_after(checkpoint.round)
+        self.log.cut(checkpoint.log_bytes)
         if isinstance(grid, KeepsClientStates):
             grid.import_states(checkpoint.client_states)
 
@@ -334,6 +362,7 @@ class FedOFA(Strategy):
         training = self.training
         samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
         slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
+        slots += int(training.proximal_mu > 0)  # the received weights stay beside the trained ones
         wire = 4 if self.settings.float_dtype == "float32" else 2
         return LocalWork(num_examples, samples, training.batch_size, slots, wire)
 
@@ -343,20 +372,27 @@ class FedOFA(Strategy):
         return self.search.fit_of(self.supernet.space.smallest(), client.profile, work, budgets)
 
 
-def _client_info(answer: Message) -> ClientInfo | None:
-    """A client's introduction, None when it is not one."""
+def _client_info(answer: Message) -> ClientInfo:
+    """A client's introduction.
+
+    Raises:
+        DeltaError: saying why it is not taken.
+    """
     if answer.has_error():
-        return None
+        raise DeltaError(f"did not introduce itself: {answer.error.reason}")
     try:
         facts = message_facts(answer)
         profile = DeviceProfile.from_json(facts["profile"])
-        client_id, num_train, num_test = facts["client_id"], facts["num_train"], facts["num_test"]
-        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in (num_train, num_test))
-        if not isinstance(client_id, str) or not whole or not 1 <= num_train <= MAX_EXAMPLES or num_test < 0:
-            return None
-        return ClientInfo(answer.metadata.src_node_id, client_id, profile, num_train, num_test)
-    except (WireError, ConfigError, KeyError, TypeError):
-        return None
+        client_id, sizes = facts["client_id"], (facts["num_train"], facts["num_test"])
+    except (WireError, ConfigError, KeyError, TypeError) as error:
+        raise DeltaError(f"its introduction is not understood: {error}") from error
+    for name in (client_id, profile.device_class):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+            raise DeltaError(f"{name!r:.80} is not a name for a client or a device class")
+    for size, least in zip(sizes, (1, 0), strict=True):
+        if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= MAX_EXAMPLES:
+            raise DeltaError(f"states {size!r:.80} examples; expected {least} to {MAX_EXAMPLES:,}")
+    return ClientInfo(answer.metadata.src_node_id, client_id, profile, *sizes)
 
 
 def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:

@@ -121,7 +121,7 @@ class AnalyticCostModel(CostModel):
         parameters: int,
         trained: int,
     ) -> int:
-        """Weights, the received copy, gradients, optimiser state, kept activations and the widest forward temporary.
+        """Weights, the received copy, gradients, optimiser state, inputs, kept activations and the widest temporary.
 
         A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
         """
@@ -133,5 +133,5 @@ class AnalyticCostModel(CostModel):
         )
         temporary = 2 * max(block.widest_elements for block in blocks)
         values = 2 * parameters + trained * (1 + work.optimiser_slots)
-        batch = min(work.batch_size, max(work.num_examples, 1))
-        return _BYTES * (values + batch * (kept + temporary))
+        batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
+        return _BYTES * (values + batch * (kept + temporary) + work.num_examples * blocks[0].input_elements)

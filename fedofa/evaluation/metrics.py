@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedofa.finetune.engine import use_channels_last
 from fedofa.types.errors import DatasetError
 
 
@@ -30,7 +31,8 @@ def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: in
     """
     if not len(labels):
         raise DatasetError("an evaluation needs at least 1 example, found none")
-    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.eval()
+    use_channels_last(model)
     correct, loss = 0, 0.0
     for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
         logits = model(x.contiguous(memory_format=torch.channels_last))

@@ -20,14 +20,15 @@ def build_plan(
     """The plan of that name for one subnet.
 
     Args:
-        name: "full"; "last_blocks(k)": the last k elastic blocks and all after them; "head": the last block only;
+        name: "full"; "last_blocks(k)": the last k elastic blocks (all, where the subnet has fewer) and all after
+            them; "head": the last block only;
             "bias": every bias (of norms too) and the head, after TinyTL (arXiv 2007.11622).
         blocks: the subnet's blocks, in forward order.
         recompute: checkpoint every elastic block that lies in the backward pass: keep its input only.
         statistics: batch norm's mode, "batch" or "frozen".
 
     Raises:
-        ConfigError: for an unknown plan or more blocks than the subnet has.
+        ConfigError: for an unknown plan.
     """
     if statistics not in ("batch", "frozen"):
         raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
@@ -56,17 +57,14 @@ def _trainable(name: str, blocks: Sequence[BlockCost]) -> list[str]:
         return biases + head
     if match:
         return _last_blocks(int(match[1]), blocks)
-    raise ConfigError(f"finetune.plan: unknown plan {name!r}; known: {', '.join(KINDS)}")
+    raise ConfigError(f"finetune.plans: unknown plan {name!r}; known: {', '.join(KINDS)}")
 
 
 def _last_blocks(count: int, blocks: Sequence[BlockCost]) -> list[str]:
     candidates = [block for block in blocks if is_elastic(block)] or list(_parametrised(blocks))
-    if not 1 <= count <= len(candidates):
-        raise ConfigError(
-            f"finetune.plan: last_blocks({count}) on a subnet of {len(candidates)} blocks; "
-            f"expected 1 to {len(candidates)}, or use 'full'"
-        )
-    start = blocks.index(candidates[-count])
+    if count < 1:
+        raise ConfigError(f"finetune.plans: expected last_blocks(1) or more, found last_blocks({count})")
+    start = blocks.index(candidates[-min(count, len(candidates))])
     return [item.name for block in blocks[start:] for item in block.parameters]
 
 

@@ -97,7 +97,7 @@ class TensorSlice:
         """The subnet's tensor; a view of the shared one where the index and the transform allow it."""
         tensor = shared[self.name]
         plain = tuple(item if isinstance(item, slice) else slice(None) for item in self.index)
-        tensor = tensor[plain]
+        tensor = tensor[plain] if plain else tensor
         for dim, item in enumerate(self.index):
             if isinstance(item, np.ndarray):
                 tensor = tensor[(slice(None),) * dim + (item,)]

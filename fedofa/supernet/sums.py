@@ -13,7 +13,7 @@ FRACTION_BITS = 30
 MAX_DELTAS = 4096
 """Deltas that one sum may hold; each may use the same share of the 63 bits, whatever the others are."""
 MAX_TERM = 2.0 ** (63 - FRACTION_BITS) / MAX_DELTAS
-"""Largest examples * |delta| that one delta may contribute: 2,097,152."""
+"""Bound of examples * |delta| for one delta: below 2,097,152."""
 
 _SCALE = float(2**FRACTION_BITS)
 _CHUNK = 1 << 16
@@ -120,7 +120,7 @@ def check_term(name: str, values: np.ndarray, weight: int) -> None:
             f"parameter {name!r}: a weight of {weight} examples; expected at least 1; the delta is left out"
         )
     largest = float(np.max(np.abs(values), initial=0.0)) * weight
-    if not largest <= MAX_TERM:
+    if not largest < MAX_TERM:
         raise FoldError(
             f"parameter {name!r}: examples * |delta| reaches {largest:.6g}, more than the fixed-point sum takes from a "
             f"client ({MAX_TERM:.6g}); the delta is left out. Clip the client's update or lower its example count"

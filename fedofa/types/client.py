@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class ClientState:
-    """A client's own memory: never sent to the server, kept only when the round that made it was folded.
+    """A client's own memory, never part of a delta. A simulation keeps it only when the round was folded.
 
     Args:
         client_id: whose it is; a state that turns up at another client is refused.

@@ -79,7 +79,7 @@ def _verify_values(name: str, values: np.ndarray, expected: Expectation) -> None
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = int(values.size - np.isfinite(values).sum())
         raise _refusal(expected, f"parameter {name!r}: {bad} of {values.size} values are not finite")
-    if max(-low, high) * expected.num_examples > MAX_TERM:
+    if max(-low, high) * expected.num_examples >= MAX_TERM:
         raise _refusal(
             expected,
             f"parameter {name!r}: a change of {max(-low, high):.3g} by {expected.num_examples} examples is out of the "

@@ -27,7 +27,7 @@ def refused(*overrides: str) -> str:
 def test_the_defaults_compose():
     conf = compose_conf()
     assert isinstance(conf, SimulateConf)
-    assert (conf.rounds, conf.data.name, conf.partition.kind) == (120, "mnist5k", "dirichlet")
+    assert (conf.rounds, conf.data.name, conf.partition.kind) == (400, "mnist5k", "dirichlet")
     assert conf.supernet["family"] == "mobilenet_v3"
     assert conf.fleet.classes["phone"].uplink_bytes_per_second == 8e3
     assert conf.resume_round is None
@@ -172,7 +172,7 @@ def test_the_configuration_has_precedence_over_overrides():
 
 
 def test_a_travelled_configuration_is_checked_again():
-    text = encode_conf(compose_conf()).replace('"rounds": 120', '"rounds": "many"')
+    text = encode_conf(compose_conf()).replace('"rounds": 400', '"rounds": "many"')
     with pytest.raises(ConfigError, match="rounds: Value 'many'"):
         load_conf({"config": text})
 

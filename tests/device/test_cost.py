@@ -44,7 +44,7 @@ def test_a_full_round_by_hand():
     assert cost == RoundCost(
         macs=310,
         num_parameters=79,
-        training_bytes=4 * (values + 4 * (7 + 30 + 8 + 2 * 17)),
+        training_bytes=4 * (values + (4 + 1) * (7 + 30 + 8 + 2 * 17) + WORK.num_examples * BLOCKS[0].input_elements),
         download_bytes=158,
         upload_bytes=158,
         download_seconds=158 / 40,
@@ -60,7 +60,8 @@ def test_a_recomputed_partial_round_by_hand():
     cost = MODEL.cost(BLOCKS, plan, PROFILE, replace(WORK, optimiser_slots=2, num_examples=3))
     batch = 3  # the client has no more
     values = 2 * 79 + 59 * (1 + 2)
-    assert cost.training_bytes == 4 * (values + batch * (6 + (30 - 6) + 8 + 2 * 17))
+    inputs = 3 * BLOCKS[0].input_elements
+    assert cost.training_bytes == 4 * (values + batch * (6 + (30 - 6) + 8 + 2 * 17) + inputs)
     assert cost.upload_bytes == 59 * 2
     assert cost.download_bytes == 79 * 2
     assert cost.compute_seconds == pytest.approx((310 + 3 * 200 + 2 * 10) * 12 / 1000)

@@ -75,13 +75,16 @@ def test_the_backward_pass_begins_at_the_first_block_that_trains():
     assert in_backward(BLOCKS, ()) == ()
 
 
+def test_more_last_blocks_than_there_are_is_all_of_them():
+    assert build_plan("last_blocks(5)", BLOCKS).trainable == build_plan("last_blocks(4)", BLOCKS).trainable
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "some"}, r"finetune\.plan: unknown plan 'some'; known: full, last_blocks\(k\), head, bias"),
+        ({"name": "some"}, r"finetune\.plans: unknown plan 'some'; known: full, last_blocks\(k\), head, bias"),
         ({"name": "last_blocks(x)"}, "unknown plan"),
-        ({"name": "last_blocks(0)"}, r"last_blocks\(0\) on a subnet of 4 blocks; expected 1 to 4"),
-        ({"name": "last_blocks(5)"}, r"last_blocks\(5\) on a subnet of 4 blocks; expected 1 to 4, or use 'full'"),
+        ({"name": "last_blocks(0)"}, r"expected last_blocks\(1\) or more, found last_blocks\(0\)"),
         ({"name": "full", "statistics": "running"}, r"finetune\.statistics: expected 'batch' or 'frozen', found 'run"),
     ],
 )

@@ -12,7 +12,7 @@ from fedofa.search.fit import Budgets, FitSearch, capacity
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError
-from server.fleet import ClientInfo, check_clients, draw_cohort, plan_fleet, plan_uniform, untrainable
+from server.fleet import ClientInfo, distinct_clients, draw_cohort, plan_fleet, plan_uniform, untrainable
 
 SPEC = MobileNetV3Spec(
     in_channels=1,
@@ -125,8 +125,9 @@ def test_what_nobody_trains_is_listed():
     assert "stem.conv.weight" not in missing
 
 
-def test_two_nodes_with_one_id_are_refused():
-    with pytest.raises(ConfigError, match="client-0001"):
-        check_clients([client(1, "big"), client(2, "big"), client(1, "small")])
-    with pytest.raises(ConfigError, match="no client answered"):
-        check_clients([])
+def test_two_nodes_with_one_id_take_no_part_and_the_others_do():
+    kept, out = distinct_clients([client(3, "big"), client(1, "big"), client(2, "big"), client(1, "small")], {"x": "y"})
+    assert [item.client_id for item in kept] == ["client-0002", "client-0003"]
+    assert out == {"x": "y", "client-0001": "2 nodes state this id; give every node an id of its own"}
+    with pytest.raises(ConfigError, match="broken radio"):
+        distinct_clients([], {"node 5": "broken radio"})
