@@ -31,7 +31,7 @@ SUPERNET = MobileNetV3Supernet(SPEC)
 SEARCH = FitSearch(
     SUPERNET.space, SUPERNET.block_costs, [[lambda blocks: build_plan("full", blocks)]], AnalyticCostModel()
 )
-MEMORY = {"tiny": 1.0, "small": 1.8e5, "middle": 3e5, "big": 1e9}
+MEMORY = {"tiny": 1.0, "small": 2.2e5, "middle": 3.6e5, "big": 1e9}
 
 
 def client(number: int, kind: str, *, availability: float = 1.0, num_train: int = 20) -> ClientInfo:
