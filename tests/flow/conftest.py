@@ -21,7 +21,7 @@ SMALL = [
     "supernet.feature_width=32",
     "supernet.stages=[{width: 16, stride: 2, activation: relu, squeeze_excite: true},"
     "{width: 16, stride: 2, activation: h_swish, squeeze_excite: false}]",
-    "fleet.classes.sensor_board.memory_bytes=9e5",
+    "fleet.classes.sensor_board.memory_bytes=1.2e6",
     "evaluation.every=2",
 ]
 
