@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +44,11 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
     for norm in norms:
         norm.momentum = 0.0  # running statistics are the server's business and stay as they came
         norm.train(plan.statistics == "batch")
+    hooks = [
+        module.register_forward_pre_hook(_want_input_gradient)
+        for module in model.modules()
+        if isinstance(module, nn.GroupNorm)
+    ]
     checkpointed = []
     try:
         for name in dict.fromkeys(plan.recompute):
@@ -54,14 +59,27 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
             del block.forward  # the instance's override; the class's forward shows again
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for hook in hooks:
+            hook.remove()
+
+
+def _want_input_gradient(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ask for the gradient of a group norm's input where only its affine trains.
+
+    Nobody needs it, but torch 2.13's backward of group norm crashes on a CPU when it is not asked for and channels are
+    innermost. It costs one norm: the first that trains, behind frozen layers.
+    """
+    (x,) = inputs
+    trains = any(parameter.requires_grad for parameter in norm.parameters())
+    return (x.detach().requires_grad_(),) if torch.is_grad_enabled() and trains and not x.requires_grad else inputs
 
 
 def use_channels_last(model: nn.Module) -> None:
     """Put a module's convolutions into the layout that all training and scoring uses: channels innermost.
 
     Depthwise convolutions are about twice as fast in it on a CPU. There is one layout, since another one may round
-    otherwise, and a module that was scored before would then train to other bits. Not `Module.to(memory_format=...)`:
-    it gives weights of one input channel other strides, with which torch 2.13 crashes in the backward pass on a CPU.
+    otherwise, and a module that was scored before would then train to other bits. `Module.to` would also
+    change the strides of weights of one input channel, and with them the rounding.
     """
     for parameter in model.parameters():
         if parameter.dim() == 4:

@@ -1,11 +1,10 @@
 """The counted cost of a round: one example by hand, and what must hold for every subnet and plan."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cohorts import build_supernet, seeds
 from hypothesis import given, settings
 
 from fedofa.device.cost import AnalyticCostModel, LocalWork, RoundCost
@@ -14,9 +13,6 @@ from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
 from fedofa.types.device import DeviceProfile
 from fedofa.types.plan import FineTunePlan
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet, seeds
 
 PROFILE = DeviceProfile("board", 1e9, 1000.0, 10.0, 40.0)
 WORK = LocalWork(num_examples=6, num_samples=12, batch_size=4, optimiser_slots=1, wire_bytes=2)

@@ -1,19 +1,14 @@
 """Calibration: pooled statistics over uneven batches, and a subnet that regains its accuracy by them."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from cohorts import build_supernet
 from torch import nn
 from torch.nn import functional
 
 from fedofa.evaluation.calibration import calibrate
 from fedofa.evaluation.metrics import evaluate
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet
 
 SUPERNET = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.smallest()

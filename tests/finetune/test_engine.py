@@ -1,19 +1,15 @@
 """Putting a plan onto a module and taking it off again."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from cohorts import SPEC, build_supernet
 from torch import nn
 
 from fedofa.finetune.engine import planned
 from fedofa.finetune.plans import build_plan
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet
 
 SUPERNET = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.largest()
@@ -98,6 +94,27 @@ def test_recomputation_updates_the_running_statistics_once():
             model(X).sum().backward()
     for (name, plain), (_, again) in zip(*(model.named_buffers() for model in models), strict=True):
         torch.testing.assert_close(again, plain, msg=name)
+
+
+@pytest.mark.parametrize("plan", ["bias", "head", "last_blocks(1)", "full"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_plan_trains_with_channels_innermost(plan, recompute):
+    """Colour images make the layout real; torch's group norm crashes there when its input needs no gradient."""
+    spec = MobileNetV3Spec.from_json({**SPEC.to_json(), "in_channels": 3, "norm": "group", "dropout": 0.0})
+    supernet = MobileNetV3Supernet(spec, torch.Generator().manual_seed(0))
+    subnet = supernet.space.largest()
+    model = supernet.build(subnet)
+    x = torch.randn(4, 3, 20, 20).contiguous(memory_format=torch.channels_last)
+    with planned(model, build_plan(plan, supernet.block_costs(subnet), recompute=recompute)) as parameters:
+        model(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    assert not x.requires_grad
+    reference = supernet.build(subnet)
+    reference(x.contiguous()).square().mean().backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
 
 
 def test_linear_weights_pass_through_as_they_are():

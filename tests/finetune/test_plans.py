@@ -1,17 +1,12 @@
 """Plans by name: exactly which parameters of a subnet they train."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from cohorts import build_supernet
 
 from fedofa.finetune.plans import build_plan, in_backward
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.types.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet
 
 SUPERNET = build_supernet()
 SUBNET = SUPERNET.space.subnet(depth=[1, 2])

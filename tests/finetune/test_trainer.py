@@ -1,13 +1,12 @@
 """Local training against loops written out by hand, on the same order of batches."""
 
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cohorts import build_supernet
 from torch.nn import functional
 
 from fedofa.finetune.plans import build_plan
@@ -16,9 +15,6 @@ from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.types.errors import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet
 
 torch.manual_seed(0)
 CNN = FixedSupernet(two_conv_cnn(1, 5, 8), (1, 8, 8))

@@ -1,14 +1,13 @@
 """The search for a device's subnet against enumeration of a whole small space."""
 
 import itertools
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cohorts import SPEC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +19,6 @@ from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import InfeasibilityError
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import SPEC
 
 SUPERNET = MobileNetV3Supernet(MobileNetV3Spec.from_json({**SPEC.to_json(), "kernels": [3, 5], "expands": [1, 2, 3]}))
 SPACE = SUPERNET.space

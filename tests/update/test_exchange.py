@@ -1,12 +1,11 @@
 """Tasks and deltas over the wire: round trips in every float dtype, and hostile headers."""
 
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cohorts import build_supernet, random_delta
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,9 +14,6 @@ from fedofa.finetune.trainer import LocalTraining
 from fedofa.types.errors import WireError
 from fedofa.update.codec import encode_packed
 from fedofa.update.exchange import ClientTask, decode_delta, decode_task, encode_delta, encode_task
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet, random_delta
 
 SUPERNET = build_supernet()
 SUBNET = SUPERNET.space.subnet(kernel=[3, 5, 7, 3], depth=[1, 2])

@@ -1,20 +1,16 @@
 """Verification: every way in which a delta can differ from what was asked for is refused by name."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from cohorts import build_supernet
 
 from fedofa.finetune.plans import build_plan
 from fedofa.supernet.sums import MAX_TERM
 from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import DeltaError
 from fedofa.update.verification import Expectation, verify_delta
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "laws"))
-from cohorts import build_supernet
 
 SUPERNET = build_supernet()
 SUBNET = SUPERNET.space.subnet(kernel=3, expand=2)
