@@ -26,13 +26,11 @@ Index = tuple[slice | np.ndarray, ...]
 def add_scaled(total: np.ndarray, index: Index, values: np.ndarray, weight: int) -> None:
     """`total[index] += round(values * weight * 2^30)`, in place; `total` int64, `values` in the indexed shape."""
     factor = np.float64(weight * _SCALE)
-    if values.size <= _CHUNK or any(isinstance(item, np.ndarray) for item in index):
-        scaled = values * factor
-        np.rint(scaled, out=scaled)
-        total[_orthogonal(index, total.shape)] += scaled.astype(np.int64)
+    if any(isinstance(item, np.ndarray) for item in index) or values.ndim == 0:
+        total[_orthogonal(index, total.shape)] += np.rint(values * factor).astype(np.int64)
         return
     target = total[index]  # a view: large tensors go through in rows that stay in the cache
-    rows = max(1, _CHUNK * len(values) // values.size)
+    rows = max(1, _CHUNK * len(values) // max(values.size, 1))
     for start in range(0, len(values), rows):
         part = slice(start, start + rows)
         scaled = values[part] * factor
@@ -119,7 +117,7 @@ def check_term(name: str, values: np.ndarray, weight: int) -> None:
         raise FoldError(
             f"parameter {name!r}: a weight of {weight} examples; expected at least 1; the delta is left out"
         )
-    largest = float(np.max(np.abs(values), initial=0.0)) * weight
+    largest = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0))) * weight
     if not largest < MAX_TERM:
         raise FoldError(
             f"parameter {name!r}: examples * |delta| reaches {largest:.6g}, more than the fixed-point sum takes from a "
