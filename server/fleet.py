@@ -98,9 +98,14 @@ def plan_fleet(
     return FleetPlan(assignments, sitting_out)
 
 
-def plan_uniform(plan: FleetPlan, fit: Fit) -> FleetPlan:
-    """The same fleet with one subnet for everybody: ordinary federated averaging."""
-    everybody = {name: replace(item, fit=fit) for name, item in plan.assignments.items()}
+def plan_uniform(plan: FleetPlan, fit: Fit, fit_of: Callable[[ClientInfo], Fit | None]) -> FleetPlan:
+    """The same fleet with one subnet for everybody: ordinary federated averaging.
+
+    Args:
+        fit: the subnet and its plan on the weakest device.
+        fit_of: gives the fit of that subnet for a client, whose device may not need to recompute.
+    """
+    everybody = {name: replace(item, fit=fit_of(item.client) or fit) for name, item in plan.assignments.items()}
     return FleetPlan(everybody, plan.sitting_out)
 
 

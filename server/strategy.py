@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -168,7 +169,10 @@ class FedOFA(Strategy):
         plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
         if not plan.assignments:
             raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
-        return plan_uniform(plan, plan.weakest()) if self.settings.uniform else plan
+        if not self.settings.uniform:
+            return plan
+        weakest = plan.weakest()
+        return plan_uniform(plan, weakest, partial(self._fit_of, weakest.subnet))
 
     def _check_fleet(self) -> None:
         """Refuse to go on with another fleet: every later cohort, and so the result, would differ."""
@@ -188,7 +192,7 @@ class FedOFA(Strategy):
     ) -> Iterator[Message]:
         """Draw the cohort and make its messages, one at a time; clients with the same subnet share one payload."""
         rng = np.random.default_rng([self.settings.seed, _COHORT_STREAM, server_round])
-        smallest = None if self.settings.uniform else self._smallest_fit
+        smallest = None if self.settings.uniform else partial(self._fit_of, self.supernet.space.smallest())
         cohort = draw_cohort(self.plan, self.settings.clients_per_round, smallest, rng)
         self._cohort = {item.client.node_id: item for item in cohort}
         self._record = RoundRecord(server_round, cohort)
@@ -366,10 +370,11 @@ class FedOFA(Strategy):
         wire = 4 if self.settings.float_dtype == "float32" else 2
         return LocalWork(num_examples, samples, training.batch_size, slots, wire)
 
-    def _smallest_fit(self, client: ClientInfo) -> Fit | None:
+    def _fit_of(self, subnet: SubnetConfig, client: ClientInfo) -> Fit | None:
+        """A given subnet on a client's device; None where no plan fits."""
         budgets = Budgets(client.profile.memory_bytes, self.settings.round_seconds)
         work = self._work(client.num_train)
-        return self.search.fit_of(self.supernet.space.smallest(), client.profile, work, budgets)
+        return self.search.fit_of(subnet, client.profile, work, budgets)
 
 
 def _client_info(answer: Message) -> ClientInfo:

@@ -101,7 +101,7 @@ def test_availability_decides_who_can_be_drawn():
 
 def test_uniform_plans_give_everybody_the_weakest_subnet():
     plan = fleet("sbb")
-    uniform = plan_uniform(plan, plan.weakest())
+    uniform = plan_uniform(plan, plan.weakest(), lambda client: None)
     assert {item.fit.subnet for item in uniform.assignments.values()} == {plan.weakest().subnet}
 
 
