@@ -1,6 +1,8 @@
 """Gives queued messages to worker processes and collects what they answer, on a thread of its own."""
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ class Task:
 
     message_id: str
     parcel: Parcel
+    seconds: float
+    """How long a worker may take over it."""
 
 
 Outcome = Parcel | str
@@ -35,8 +39,14 @@ class _Worker:
     connection: Connection  # closed when it is of no more use; the worker then ends
     ready: bool = False
     task: Task | None = None
+    deadline: float = math.inf  # of its task, on the monotonic clock
+    overdue: bool = False  # killed at the deadline
     num_served: int = 0
     fault: str = ""  # why the connection was closed, if not because the worker was gone
+
+    def is_idle(self) -> bool:
+        """Whether it can take a task."""
+        return self.ready and self.task is None and not self.overdue and not self.connection.closed
 
 
 class Dispatcher:
@@ -112,8 +122,9 @@ class Dispatcher:
 
     def _hand_out(self) -> None:
         for worker in self._workers.values():
-            if self._queue and worker.ready and worker.task is None and not worker.connection.closed:
+            if self._queue and worker.is_idle():
                 worker.task = self._queue.popleft()
+                worker.deadline = time.monotonic() + worker.task.seconds
                 try:
                     send_parcel(worker.connection, worker.task.parcel, self._files)
                 except OSError as error:
@@ -121,13 +132,26 @@ class Dispatcher:
 
     def _wait_and_handle(self) -> None:
         workers = {worker.connection: worker for worker in self._workers.values() if not worker.connection.closed}
-        ready = wait([self._wake_reader, self._fork_server.control, *workers])
+        ready = wait([self._wake_reader, self._fork_server.control, *workers], self._kill_overdue())
         if self._wake_reader in ready:
             self._take_inbox()
         for connection in workers.keys() & set(ready):
             self._receive(workers[connection])
         if self._fork_server.control in ready:
             self._handle_exit(*self._fork_server.receive_exit())
+
+    def _kill_overdue(self) -> float | None:
+        """Kill workers whose task is past its deadline; the seconds until the next deadline, None without one."""
+        now, pending = time.monotonic(), [math.inf]
+        for number, worker in self._workers.items():
+            if worker.task is None or worker.overdue:
+                continue
+            if worker.deadline > now:
+                pending.append(worker.deadline)
+            else:
+                worker.overdue = True
+                self._fork_server.kill_worker(number)
+        return None if min(pending) == math.inf else min(pending) - now
 
     def _take_inbox(self) -> None:
         self._wake_reader.recv_bytes()
@@ -170,7 +194,9 @@ class Dispatcher:
         if worker.task is not None and not worker.connection.closed and worker.connection.poll():
             self._receive(worker)
         cause = "; ".join(filter(None, [describe_exit(returncode), worker.fault]))
-        if worker.task is not None:
+        if worker.task is not None and worker.overdue:
+            self._finish(worker, f"no answer within {worker.task.seconds:g} s; its process was ended")
+        elif worker.task is not None:
             self._finish(worker, f"the worker died while serving this message: {cause}")
         elif worker.num_served == 0:
             self._num_idle_deaths += 1

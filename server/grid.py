@@ -41,10 +41,13 @@ class InProcessGrid(Grid):
     Node i (0 <= i < num_nodes) has the Flower node id `FIRST_NODE_ID + i` and the node config
     `{"partition-id": i, "num-partitions": num_nodes}`. Messages are served first in, first out, by any free worker.
     A message whose ClientApp raises is answered by an error reply `CLIENT_APP_RAISED_EXCEPTION`, one whose worker
-    dies by `CLIENT_APP_CRASHED`; the others go on. A message's TTL is not enforced.
+    dies by `CLIENT_APP_CRASHED`; the others go on. A message's TTL is the time that a worker may take over it: waiting
+    for a worker, which no real device would do, does not count. A worker that takes longer is killed and replaced.
 
     A node's `Context.state` lasts from message to message, but only once it is committed: see `commit_states`.
     """
+
+    enforces_ttl = True
 
     def __init__(
         self,
@@ -202,7 +205,7 @@ class InProcessGrid(Grid):
         message.metadata.__dict__["_message_id"] = message_id  # has no setter: Flower's own grids do the same
         self._sent[message_id] = make_message(metadata=copy.copy(message.metadata), content=RecordDict())
         state = self._states.get(message.metadata.dst_node_id - FIRST_NODE_ID, b"")
-        return Task(message_id, encode_parcel(message, state))
+        return Task(message_id, encode_parcel(message, state), message.metadata.ttl)
 
     def _pull(self, message_ids: Collection[str], wait_seconds: float) -> list[Message]:
         self._check_open()

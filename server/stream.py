@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -23,8 +24,10 @@ def stream_replies(
 
     Args:
         max_in_flight: messages that are out at a time.
-        reply_seconds: how long to wait for a reply.
+        reply_seconds: how long to wait for a reply; it is the message's TTL. A grid that enforces TTLs (`enforces_ttl`)
+            knows better than this function when a client began, and ends those that take longer.
     """
+    patience = math.inf if getattr(grid, "enforces_ttl", False) else reply_seconds
     source = iter(messages)
     out: dict[str, tuple[Message, float]] = {}
     exhausted = False
@@ -34,8 +37,9 @@ def stream_replies(
             if message is None:
                 exhausted = True
             else:
+                message.metadata.ttl = reply_seconds
                 (message_id,) = grid.push_messages([message])
-                out[message_id] = (_without_content(message), time.monotonic() + reply_seconds)
+                out[message_id] = (_without_content(message), time.monotonic() + patience)
         if not out:
             return
         replies = list(grid.pull_messages(list(out)))

@@ -48,7 +48,8 @@ FIRST_NODE_ID = 1_000_000_000
 """Flower node id of partition 0: far from any partition id, so that neither passes for the other."""
 
 _CLOSE_TIMEOUT_SECONDS = 10.0
-_START_REQUEST = struct.Struct("q")  # worker number; a file descriptor follows
+_REQUEST = struct.Struct("cq")  # what to do, worker number
+_START, _KILL = b"s", b"k"  # a file descriptor follows the first
 _EXIT_RECORD = struct.Struct("qq")  # worker number, exit code (negative: signal)
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -128,9 +129,13 @@ class ForkServer:
         """Fork a worker; its end of the connection sends one empty frame when it is ready for its first parcel."""
         ours, theirs = Pipe()
         with theirs:
-            self.control.send_bytes(_START_REQUEST.pack(number))
+            self.control.send_bytes(_REQUEST.pack(_START, number))
             send_handle(self.control, theirs.fileno(), self._process.pid)
         return ours
+
+    def kill_worker(self, number: int) -> None:
+        """End a worker in the middle of whatever it does; its exit is reported as any other, nothing if it is gone."""
+        self.control.send_bytes(_REQUEST.pack(_KILL, number))
 
     def receive_exit(self) -> tuple[int, int]:
         """(number, exit code) of a worker that ended; call it when `control` is ready. `EOFError`: the server ended."""
@@ -215,7 +220,10 @@ def _fork_on_request(control: Connection, lifeline_fd: int, serve: Callable[[Con
                 os.read(exits_fd, 4096)
                 _report_exits(control, numbers_by_pid)
             if control in ready:
-                (number,) = _START_REQUEST.unpack(control.recv_bytes())
+                request, number = _REQUEST.unpack(control.recv_bytes())
+                if request == _KILL:
+                    _kill(numbers_by_pid, number)
+                    continue
                 worker_fd = recv_handle(control)
                 pid = _fork_worker(worker_fd, lifeline_fd, (control.fileno(), exits_fd, wakeup_fd), serve)
                 numbers_by_pid[pid] = number
@@ -225,6 +233,12 @@ def _fork_on_request(control: Connection, lifeline_fd: int, serve: Callable[[Con
             os.kill(pid, signal.SIGKILL)
         for pid in numbers_by_pid:
             os.waitpid(pid, 0)
+
+
+def _kill(numbers_by_pid: dict[int, int], number: int) -> None:
+    for pid, candidate in numbers_by_pid.items():
+        if candidate == number:
+            os.kill(pid, signal.SIGKILL)
 
 
 def _report_exits(control: Connection, numbers_by_pid: dict[int, int]) -> None:

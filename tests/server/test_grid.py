@@ -323,6 +323,26 @@ def test_more_crashes_than_idle_deaths_allowed_do_not_end_the_grid(grid: InProce
     assert reply.has_content()
 
 
+def test_a_client_that_hangs_is_ended_and_those_that_wait_behind_it_are_served(
+    grid: InProcessGrid, tmp_path: Path
+) -> None:
+    nodes = grid.get_node_ids()[:6]
+    files = [tmp_path / str(node) for node in nodes[:3]]  # more hung clients than workers: the others wait in line
+    hung = [message_to(n, "query.sleep", sleep={"file": str(f)}) for n, f in zip(nodes, files, strict=False)]
+    messages = [*hung, *(message_to(node) for node in nodes[3:])]
+    for message in messages:
+        message.metadata.ttl = 1.0
+    family = descendants(os.getpid())
+    replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(messages, timeout=60)}
+    assert replies.keys() == set(nodes)
+    for node in nodes[:3]:
+        assert replies[node].error.code == ErrorCode.CLIENT_APP_CRASHED
+        assert replies[node].error.reason == "no answer within 1 s; its process was ended"
+    assert all(replies[node].has_content() for node in nodes[3:]), "waiting for a worker is not the client's fault"
+    assert all(file.exists() for file in files)
+    assert wait_until(lambda: len(descendants(os.getpid())) == len(family)), "as many processes as before"
+
+
 def test_an_idle_worker_that_is_killed_is_replaced(grid: InProcessGrid, tmp_path: Path) -> None:
     first, second = grid.get_node_ids()[:2]
     (victim,) = worker_pids(grid.send_and_receive([message_to(first)]))
