@@ -51,6 +51,9 @@ class FleetConf:
     round_seconds: float = MISSING  # a device's budget for download, training and upload in one round
     max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory
     reply_seconds: float = MISSING  # real time after which a silent client is given up
+    quorum_fraction: float = MISSING  # of a cohort's clients, whose verified deltas a round needs; one at the least
+    round_attempts: int = MISSING  # tries at a round, each with other clients, before it is given up
+    max_lost_rounds: int = MISSING  # rounds given up one after the other that end the run with an error
     classes: dict[str, DeviceClassConf] = MISSING
 
 

@@ -36,6 +36,9 @@ _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation")
 """Settings that a resumed run may change: they do not change what a round computes."""
 
+_PATIENCE = ("max_in_flight", "reply_seconds", "quorum_fraction", "round_attempts", "max_lost_rounds")
+"""Settings of the fleet that a resumed run may change: how the server deals with clients that do not answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -60,6 +63,9 @@ class Parts:
             reply_seconds=conf.fleet.reply_seconds,
             evaluate_every=conf.evaluation.every,
             float_dtype=conf.aggregation.float_dtype,
+            quorum_fraction=conf.fleet.quorum_fraction,
+            round_attempts=conf.fleet.round_attempts,
+            max_lost_rounds=conf.fleet.max_lost_rounds,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
             uniform=uniform,
         )
@@ -134,8 +140,8 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings.pop(name)
     if conf.finetune.decay != "none":
         settings["rounds"] = conf.rounds  # the learning rate of every round depends on how many there are
-    settings["fleet"].pop("max_in_flight")
-    settings["fleet"].pop("reply_seconds")
+    for name in _PATIENCE:
+        settings["fleet"].pop(name)
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
     settings["uniform"] = uniform
@@ -177,11 +183,15 @@ def _check(conf: SimulateConf) -> None:
         "fleet.max_in_flight": conf.fleet.max_in_flight,
         "fleet.round_seconds": conf.fleet.round_seconds,
         "fleet.reply_seconds": conf.fleet.reply_seconds,
+        "fleet.round_attempts": conf.fleet.round_attempts,
+        "fleet.max_lost_rounds": conf.fleet.max_lost_rounds,
         "evaluation.every": conf.evaluation.every,
     }
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name}: expected a positive number, found {value!r}")
+    if not 0 <= conf.fleet.quorum_fraction <= 1:
+        raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if conf.seed < 0:
         raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
     if conf.fleet.clients_per_round > MAX_DELTAS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -61,6 +61,11 @@ class FleetPlan:
         clients = [self.assignments[name].client for name in sorted(self.assignments)]
         rows = [[item.client_id, item.profile.to_json(), item.num_train, item.num_test] for item in clients]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+    def without(self, clients: Collection[str]) -> FleetPlan:
+        """The plan of the other clients; of all where there are no others."""
+        others = {name: item for name, item in self.assignments.items() if name not in clients}
+        return FleetPlan(others or self.assignments, self.sitting_out)
 
     def weakest(self) -> Fit:
         """The fit of least capacity in the fleet."""

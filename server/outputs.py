@@ -105,6 +105,7 @@ def build_summary(
         "comparison": _comparison_row(parts, comparison) if comparison else None,
         "sitting_out": dict(strategy.plan.sitting_out),
         "untrainable": never,
+        "lost_rounds": [record["round"] for record in records if record["outcome"] == "given up"],
         "num_failures": sum(len(record["failures"]) for record in records),
         **totals,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},

@@ -73,13 +73,21 @@ class Progress:
             self._task = self._bars.add_task(self._title, total=self._num_rounds, status="", completed=record.round - 1)
         if record.scores:
             self._accuracy = "  ".join(f"{name} {score.accuracy:.3f}" for name, score in record.scores.items())
-        loss = f"loss {record.loss:.3f}" if record.loss is not None else "nothing folded"
+        loss = f"loss {record.loss:.3f}" if record.loss is not None else "round given up"
         failed = f", {len(record.failures)} failed" if record.failures else ""
         status = f"{record.folded} of {len(record.cohort)} clients{failed}, {loss} | {self._accuracy}"
         self._bars.update(self._task, completed=record.round, status=status)
+        if not record.complete:
+            self._console.print(f"[yellow]{escape(_given_up(record))}[/yellow]", highlight=False)
         if record.scores and not self._console.is_terminal:
             line = f"{self._title}: round {record.round} of {self._num_rounds}: {status}"
             self._console.print(line, soft_wrap=True, markup=False)
+
+
+def _given_up(record: RoundRecord) -> str:
+    reasons = "; ".join(f"{name}: {why}" for _, name, why in record.failures[-3:])
+    answers = f"{record.current.verified} of {len(record.cohort)} clients answered, expected {record.current.quorum}"
+    return f"round {record.round} given up after {len(record.attempts)} attempts: {answers}. {reasons}"
 
 
 def _cells(fit: Fit) -> list[str]:

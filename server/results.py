@@ -29,6 +29,8 @@ def print_results(output_dir: Path) -> None:
     console.print(table)
     for client, reason in summary["sitting_out"].items():
         console.print(f"{client} sat out: {reason}", highlight=False, markup=False)
+    if summary["lost_rounds"]:
+        console.print(f"rounds given up for want of answers: {summary['lost_rounds']}", highlight=False)
     if summary["untrainable"]:
         worst = max(summary["untrainable"].items(), key=lambda item: item[1])
         console.print(

@@ -15,28 +15,46 @@ from server.fleet import Assignment
 
 
 @dataclass(slots=True)
+class Attempt:
+    """One try at a round: a cohort that was asked, and what came of it.
+
+    Args:
+        cohort: who was asked for what.
+        quorum: verified deltas that the round needs.
+        losses: (mean local training loss, examples) of every verified delta's client.
+        failures: client id -> why its answer does not count.
+        verified: deltas that passed verification.
+    """
+
+    cohort: Sequence[Assignment]
+    quorum: int
+    losses: list[tuple[float, int]] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    verified: int = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the quorum has answered."""
+        return self.verified >= self.quorum
+
+
+@dataclass(slots=True)
 class RoundRecord:
     """What happened in one round.
 
     Args:
         round: from 1.
-        cohort: who was asked for what.
-        losses: (mean local training loss, examples) of every folded client.
-        failures: client id -> why its round does not count.
-        folded: deltas that were folded.
+        attempts: the tries at it, the last one first to reach its quorum or the last that was allowed.
         covered_fraction: share of the trained tensors' coordinates that some client trained.
         delta_norm: L2 norm of the folded change.
         truncated: directions of badly conditioned kernel transforms left out, by tensor.
-        bytes_down, bytes_up: payloads and deltas, refused ones included.
+        bytes_down, bytes_up: payloads and deltas of all attempts, refused ones included.
         wall_seconds: of the round.
         scores: named subnets on the global test set, where evaluated.
     """
 
     round: int
-    cohort: Sequence[Assignment]
-    losses: list[tuple[float, int]] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    folded: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
     covered_fraction: float = 0.0
     delta_norm: float = 0.0
     truncated: Mapping[str, int] = field(default_factory=dict)
@@ -46,15 +64,44 @@ class RoundRecord:
     scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
+    def current(self) -> Attempt:
+        """The attempt that is under way or was the last."""
+        return self.attempts[-1]
+
+    @property
+    def cohort(self) -> Sequence[Assignment]:
+        """Who was asked in the last attempt."""
+        return self.current.cohort
+
+    @property
+    def complete(self) -> bool:
+        """Whether the round changed the shared weights; otherwise it was given up."""
+        return self.current.complete
+
+    @property
+    def folded(self) -> int:
+        """Deltas that were folded."""
+        return self.current.verified if self.complete else 0
+
+    @property
+    def failures(self) -> list[tuple[int, str, str]]:
+        """(attempt from 1, client id, why its answer does not count) over all attempts."""
+        tries = enumerate(self.attempts, start=1)
+        return [(number, name, why) for number, attempt in tries for name, why in sorted(attempt.failures.items())]
+
+    @property
     def loss(self) -> float | None:
         """Mean local training loss over the folded clients, weighted by examples."""
-        examples = sum(count for _, count in self.losses)
-        return sum(loss * count for loss, count in sorted(self.losses)) / examples if examples else None
+        losses = sorted(self.current.losses) if self.complete else []
+        examples = sum(count for _, count in losses)
+        return sum(loss * count for loss, count in losses) / examples if examples else None
 
     def to_json(self) -> dict[str, Any]:
         """The round's line in `rounds.jsonl`."""
         return {
             "round": self.round,
+            "outcome": "complete" if self.complete else "given up",
+            "attempts": len(self.attempts),
             "cohort": [
                 {
                     "client": item.client.client_id,
@@ -66,8 +113,9 @@ class RoundRecord:
                 }
                 for item in self.cohort
             ],
+            "quorum": self.current.quorum,
             "folded": self.folded,
-            "failures": [{"client": name, "reason": why} for name, why in sorted(self.failures.items())],
+            "failures": [{"attempt": number, "client": name, "reason": why} for number, name, why in self.failures],
             "loss": self.loss,
             "covered_fraction": self.covered_fraction,
             "delta_norm": self.delta_norm,

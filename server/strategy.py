@@ -23,7 +23,7 @@ from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
 from fedofa.supernet.base import Supernet
 from fedofa.types.device import DeviceProfile
-from fedofa.types.errors import CheckpointError, ConfigError, DeltaError, FoldError, WireError
+from fedofa.types.errors import CheckpointError, ConfigError, DeltaError, FoldError, QuorumError, WireError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 from fedofa.update.exchange import ClientTask, decode_delta, encode_task
@@ -31,7 +31,7 @@ from fedofa.update.verification import Expectation, verify_delta
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
 from server.fleet import Assignment, ClientInfo, FleetPlan, distinct_clients, draw_cohort, plan_fleet, plan_uniform
 from server.resources import Stopwatch
-from server.rounds import RoundLog, RoundRecord
+from server.rounds import Attempt, RoundLog, RoundRecord
 from server.scoring import Scorer
 from server.stream import stream_replies
 
@@ -60,6 +60,9 @@ class FederationSettings:
     evaluate_every: int
     float_dtype: str
     decay_rounds: int = 0  # the clients' learning rate falls along a cosine over so many rounds; 0: it is constant
+    quorum_fraction: float = 0.5  # of a cohort's clients, whose verified deltas a round needs
+    round_attempts: int = 2  # how often a round is tried, each time with other clients, before it is given up
+    max_lost_rounds: int = 3  # rounds given up one after the other that end the run
     uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
 
 
@@ -136,15 +139,18 @@ class FedOFA(Strategy):
         self.plan = self._plan(*self.enrol(grid))
         self._check_fleet()
         self.summary()
+        lost = 0
         for server_round in range(self.done + 1, num_rounds + 1):
             watch = Stopwatch()
-            messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
-            _, metrics = self.aggregate_train(server_round, self._exchange(grid, messages))
+            metrics = self._run_round(server_round, grid)
             if server_round % self.settings.evaluate_every == 0 or server_round == num_rounds:
                 self._record.scores = self.scores = self.scorer.score(self.state, self.subnets())
                 result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
             self._finish_round(grid, watch)
             result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
+            lost = 0 if self._record.complete else lost + 1
+            if lost == self.settings.max_lost_rounds:
+                raise QuorumError(_lost_rounds(self._record, lost))
         if not self.scores:  # a run that was complete when it was resumed
             self.scores = self.scorer.score(self.state, self.subnets())
         return result
@@ -187,15 +193,30 @@ class FedOFA(Strategy):
 
     # -- one round ---------------------------------------------------------------------------------------------------
 
+    def _run_round(self, server_round: int, grid: Grid) -> MetricRecord | None:
+        """Try the round until its quorum answers or it is given up; then the shared weights stay as they were."""
+        self._record = RoundRecord(server_round)
+        while True:
+            messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid)
+            _, metrics = self.aggregate_train(server_round, self._exchange(grid, messages))
+            if self._record.complete or len(self._record.attempts) >= self.settings.round_attempts:
+                return metrics
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterator[Message]:
-        """Draw the cohort and make its messages, one at a time; clients with the same subnet share one payload."""
-        rng = np.random.default_rng([self.settings.seed, _COHORT_STREAM, server_round])
+        """Draw the cohort and make its messages, one at a time; clients with the same subnet share one payload.
+
+        A repeated round asks other clients than those that failed in it, where there are others.
+        """
+        failed, repeats = {name for _, name, _ in self._record.failures}, len(self._record.attempts)
+        entropy = [self.settings.seed, _COHORT_STREAM, server_round, *([repeats] if repeats else [])]
         smallest = None if self.settings.uniform else partial(self._fit_of, self.supernet.space.smallest())
-        cohort = draw_cohort(self.plan, self.settings.clients_per_round, smallest, rng)
+        plan = self.plan.without(failed)
+        cohort = draw_cohort(plan, self.settings.clients_per_round, smallest, np.random.default_rng(entropy))
+        quorum = max(1, math.ceil(self.settings.quorum_fraction * len(cohort)))
+        self._record.attempts.append(Attempt(cohort, quorum))
         self._cohort = {item.client.node_id: item for item in cohort}
-        self._record = RoundRecord(server_round, cohort)
         return self._messages(server_round, cohort)
 
     def _messages(self, server_round: int, cohort: list[Assignment]) -> Iterator[Message]:
@@ -232,7 +253,10 @@ class FedOFA(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Verify and fold each reply as it comes, then take the server's step; a failure costs only its client."""
+        """Verify and fold each reply as it comes; where the quorum answered, take the server's step.
+
+        A failure costs only its client.
+        """
         record, sums = self._record, FoldSums(self.supernet.slice_map)
         self._accepted: list[str] = []
         for reply in replies:
@@ -240,9 +264,9 @@ class FedOFA(Strategy):
             try:
                 self._fold(reply, item, sums)
             except (WireError, DeltaError, FoldError) as error:
-                record.failures[item.client.client_id] = str(error)
-        record.folded = sums.num_deltas
-        if sums.num_deltas:
+                record.current.failures[item.client.client_id] = str(error)
+        record.current.verified = sums.num_deltas
+        if record.complete:
             self.state, report = sums.finish(self.state, self.optimiser)
             record.delta_norm, record.truncated = report.delta_norm, report.truncated
             record.covered_fraction = float(np.mean(list(report.covered_fraction.values())))
@@ -268,14 +292,14 @@ class FedOFA(Strategy):
         sums.add(delta)
         loss = message_metrics(reply).get("loss", math.nan)
         if 0 <= loss <= _MAX_LOSS:
-            self._record.losses.append((loss, delta.num_examples))
+            self._record.current.losses.append((loss, delta.num_examples))
         self._accepted.append(reply.metadata.reply_to_message_id)
 
     def _finish_round(self, grid: Grid, watch: Stopwatch) -> None:
         """Commit the clients' states, write the diary and the checkpoint, tell the observers."""
         states: dict[int, bytes] = {}
         if isinstance(grid, KeepsClientStates):
-            grid.commit_states(self._accepted)
+            grid.commit_states(self._accepted if self._record.complete else [])
             states = grid.export_states()
         record = self._record
         record.wall_seconds = watch.wall_seconds()
@@ -398,6 +422,17 @@ def _client_info(answer: Message) -> ClientInfo:
         if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= MAX_EXAMPLES:
             raise DeltaError(f"states {size!r:.80} examples; expected {least} to {MAX_EXAMPLES:,}")
     return ClientInfo(answer.metadata.src_node_id, client_id, profile, *sizes)
+
+
+def _lost_rounds(record: RoundRecord, lost: int) -> str:
+    """Why a run ends whose clients do not answer."""
+    attempt = record.current
+    reasons = [f"{name}: {why}" for name, why in sorted(attempt.failures.items())[:3]] or ["no client was available"]
+    return (
+        f"{lost} rounds in a row were given up, the last one round {record.round}: of {len(attempt.cohort)} clients "
+        f"{attempt.verified} gave a usable answer, expected {attempt.quorum} (fleet.quorum_fraction); {'; '.join(reasons)}. "
+        "The weights are those of the last complete round; go on with resume=true when clients answer again"
+    )
 
 
 def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:

@@ -35,3 +35,11 @@ class CheckpointError(FedofaError, ValueError):
 
 class InfeasibilityError(FedofaError, ValueError):
     """No subnet and plan fit a device's budgets."""
+
+
+class QuorumError(FedofaError, RuntimeError):
+    """Too few clients gave usable answers, round after round."""
+
+
+class RuntimeUnavailableError(FedofaError, RuntimeError):
+    """What runs the clients cannot be started or reached, or ended in the middle of a run."""

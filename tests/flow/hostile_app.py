@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -58,6 +59,11 @@ def _die(reply: Message, message: Message) -> Message:
     return reply
 
 
+def _hang(reply: Message, message: Message) -> Message:
+    time.sleep(3600)
+    return reply
+
+
 MISDEEDS = {
     0: _raise,
     1: _die,
@@ -74,6 +80,7 @@ MISDEEDS = {
     12: lambda reply, message: _changed(reply, message, plan_digest="0" * 16),
     13: lambda reply, message: _changed(reply, message, weights=lambda same: {}),
     14: lambda reply, message: _changed(reply, message, weights=_poisoned(1e30)),
+    15: _hang,
 }
 
 

@@ -14,9 +14,9 @@ NUM_CLIENTS = 20
 
 
 def run(overrides, output_dir, client_app: str):
-    conf = compose_conf(
-        overrides(output_dir, "rounds=2", f"fleet.num_clients={NUM_CLIENTS}", f"fleet.clients_per_round={NUM_CLIENTS}")
-    )
+    size = (f"fleet.num_clients={NUM_CLIENTS}", f"fleet.clients_per_round={NUM_CLIENTS}")
+    patience = ("fleet.reply_seconds=10", "fleet.quorum_fraction=0.1")
+    conf = compose_conf(overrides(output_dir, "rounds=2", *size, *patience))
     parts = build_parts(conf)
     strategy = parts.strategy(output_dir)
     with InProcessGrid(
@@ -41,7 +41,8 @@ def test_a_run_with_every_kind_of_failure_equals_the_same_cohort_without_those_c
     reasons = {f["client"]: f["reason"] for record in hostile.log.read() for f in record["failures"]}
     expected = {0: "out of battery", 1: "signal 9", 2: "not finite", 4: "expected shape", 5: "surprise", 6: "client id",
                 7: "round", 8: "base version", 9: "number of examples", 10: "checksum", 11: "packed buffer",
-                12: "plan", 13: "missing", 14: "out of the fold's range"}  # fmt: skip
+                12: "plan", 13: "missing", 14: "out of the fold's range",
+                15: "no answer within 10 s"}  # fmt: skip
     for number, words in expected.items():
         if client_id(number) in reasons:
             assert words in reasons[client_id(number)], reasons[client_id(number)]

@@ -11,7 +11,7 @@ from fedofa.types.errors import CheckpointError, ConfigError
 from fedofa.types.state import SharedState
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
 from server.outputs import exclusive, set_aside
-from server.rounds import RoundLog, RoundRecord
+from server.rounds import Attempt, RoundLog, RoundRecord
 
 RUN = {"seed": 0, "fleet.num_clients": 3}
 
@@ -86,7 +86,7 @@ def test_another_runs_checkpoint_is_refused_by_setting(tmp_path):
 def test_the_diary_is_cut_back_to_the_checkpoint_and_never_silently_shorter(tmp_path):
     log = RoundLog(tmp_path / "rounds.jsonl")
     log.cut(0)
-    lengths = [log.append(RoundRecord(number, [])) for number in (1, 2, 3)]
+    lengths = [log.append(RoundRecord(number, [Attempt([], 1)])) for number in (1, 2, 3)]
     with log.path.open("ab") as file:
         file.write(b'{"round": 4, "torn')
     log.cut(lengths[1])
