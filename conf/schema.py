@@ -136,8 +136,9 @@ class AggregationConf:
 class RuntimeConf:
     """What runs the clients."""
 
-    name: str = MISSING  # "in_process"
+    name: str = MISSING  # "in_process" | "ray"
     num_workers: int = MISSING  # 0: one a core
+    address: str | None = None  # of a Ray cluster that is there already
 
 
 @dataclass

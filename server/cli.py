@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +17,6 @@ commands:
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
 of a file under conf/."""
-
-
-# Read when numpy, torch and flwr are first imported. The workers keep every core busy: more threads in this process
-# would only make its short tasks wait for each other.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,27 +53,14 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 
 def simulate(overrides: Sequence[str]) -> None:
-    """Run the ServerApp in this process and the ClientApp in worker processes."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ[name] = value
-    from conf.compose import compose_conf, encode_conf
+    """Run a federation on the runtime that the settings name, and print its results."""
+    from server.environment import ONE_THREAD, SILENT_FLOWER, adopt
+
+    adopt(ONE_THREAD, SILENT_FLOWER)  # before anything imports numpy, torch or flwr
+    from conf.compose import compose_conf
+    from server.results import print_results
+    from server.runtimes import run_federation
 
     conf = compose_conf(overrides)
-    from flwr.app import Context, RecordDict
-    from flwr.app.user_config import UserConfig
-
-    from fedofa.types.errors import ConfigError
-    from server.federation import build_parts
-    from server.grid import InProcessGrid, available_cores
-    from server.results import print_results
-    from server.server_app import app
-
-    if conf.runtime.name != "in_process":
-        raise ConfigError(f"runtime.name: expected 'in_process', found {conf.runtime.name!r}")
-    build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
-    run_config: UserConfig = {"config": encode_conf(conf)}
-    workers = conf.runtime.num_workers or available_cores()
-    with InProcessGrid(num_nodes=conf.fleet.num_clients, run_config=run_config, num_workers=workers) as grid:
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
-        app(grid, context)
+    run_federation(conf)
     print_results(Path(conf.output_dir))

@@ -1,7 +1,6 @@
 """Flower's `Grid` in process: many simulated nodes on a few worker processes, without Ray and without sockets."""
 
 import copy
-import os
 import time
 from collections.abc import Collection, Iterable, Mapping
 from types import TracebackType
@@ -23,16 +22,10 @@ from server.carrier import (
     encode_parcel,
 )
 from server.dispatcher import Dispatcher, GridError, Outcome, Task
+from server.resources import available_cores
 from server.worker import FIRST_NODE_ID, ForkServer, WorkerSetup
 
 _PULL_WAIT_SECONDS = 1.0
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class InProcessGrid(Grid):

@@ -430,8 +430,9 @@ def _lost_rounds(record: RoundRecord, lost: int) -> str:
     reasons = [f"{name}: {why}" for name, why in sorted(attempt.failures.items())[:3]] or ["no client was available"]
     return (
         f"{lost} rounds in a row were given up, the last one round {record.round}: of {len(attempt.cohort)} clients "
-        f"{attempt.verified} gave a usable answer, expected {attempt.quorum} (fleet.quorum_fraction); {'; '.join(reasons)}. "
-        "The weights are those of the last complete round; go on with resume=true when clients answer again"
+        f"{attempt.verified} gave a usable answer, expected {attempt.quorum} (fleet.quorum_fraction); "
+        f"{'; '.join(reasons)}. The weights are those of the last complete round; go on with resume=true when clients "
+        "answer again"
     )
 
 

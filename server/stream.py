@@ -11,6 +11,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 _IDLE_SECONDS = 0.05
+_MAX_REASON = 400
+"""Characters that are kept of a failure's reason: some runtimes send whole tracebacks."""
 
 
 def stream_replies(
@@ -44,11 +46,12 @@ def stream_replies(
             return
         replies = list(grid.pull_messages(list(out)))
         for reply in replies:
-            asked, _ = out.pop(reply.metadata.reply_to_message_id)
-            yield _attributed(reply, asked)
+            asked, deadline = out.pop(reply.metadata.reply_to_message_id)
+            late = reply.has_error() and time.monotonic() > deadline  # the runtime found out first
+            yield _silence(asked, reply_seconds) if late else _attributed(reply, asked)
         for message_id in [key for key, (_, deadline) in out.items() if time.monotonic() > deadline]:
             asked, _ = out.pop(message_id)
-            yield _failure(asked, ErrorCode.NODE_UNAVAILABLE, f"no answer within {reply_seconds:g} s")
+            yield _silence(asked, reply_seconds)
         if not replies:
             time.sleep(_IDLE_SECONDS)
 
@@ -56,11 +59,16 @@ def stream_replies(
 def _attributed(reply: Message, asked: Message) -> Message:
     node_id = asked.metadata.dst_node_id
     if reply.has_error():
-        return _failure(asked, reply.error.code, reply.error.reason or "no reason given")
+        reason = " ".join((reply.error.reason or "no reason given").split())
+        return _failure(asked, reply.error.code, reason[:_MAX_REASON])
     if reply.metadata.src_node_id != node_id:
         reason = f"node {reply.metadata.src_node_id} answered a message for node {node_id}"
         return _failure(asked, ErrorCode.UNKNOWN, reason)
     return reply
+
+
+def _silence(asked: Message, reply_seconds: float) -> Message:
+    return _failure(asked, ErrorCode.NODE_UNAVAILABLE, f"no answer within {reply_seconds:g} s")
 
 
 def _failure(asked: Message, code: int, reason: str) -> Message:

@@ -20,15 +20,12 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from logging import DEBUG
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import recv_handle, send_handle
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.app.user_config import UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-from flwr.supercore import log
 
 from fedofa.types.errors import ConfigError
 from server.carrier import (
@@ -43,6 +40,8 @@ from server.carrier import (
     receive_parcel,
     send_parcel,
 )
+from server.environment import KEPT_PAGES, ONE_THREAD
+from server.serving import error_reply, one_line, serve
 
 FIRST_NODE_ID = 1_000_000_000
 """Flower node id of partition 0: far from any partition id, so that neither passes for the other."""
@@ -58,15 +57,6 @@ _BOOTSTRAP = (
 # For every worker at once, even if the app imports them only when called; `torch.optim` imports the second one at its
 # first use: a second of CPU time and 70 MB, which every collection in the worker would then go through.
 _PRELOADED = ("torch", "torch._dynamo")
-# One thread per worker; with more, numpy and torch would start threads while they are imported, before the forks. The
-# allocator keeps what a task frees for the next one, instead of returning pages and faulting them in again.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +159,7 @@ def _launch(control_fd: int, lifeline_fd: int) -> subprocess.Popen[bytes]:
             command,
             stdin=subprocess.DEVNULL,
             pass_fds=(control_fd, lifeline_fd),
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **ONE_THREAD, **KEPT_PAGES},
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
@@ -184,7 +174,7 @@ def main(control_fd: int, lifeline_fd: int) -> None:
         try:
             app = _load_client_app(setup.client_app)
         except BaseException as error:  # also SystemExit: whatever the module does, the parent hears of it
-            failure = {"reason": _one_line(error), "traceback": traceback.format_exc()}
+            failure = {"reason": one_line(error), "traceback": traceback.format_exc()}
             control.send_bytes(json.dumps(failure).encode())
             return
         control.send_bytes(json.dumps({}).encode())
@@ -200,10 +190,6 @@ def _load_client_app(client_app: str) -> ClientApp:
     for name in _PRELOADED:
         importlib.import_module(name)
     return app
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _fork_on_request(control: Connection, lifeline_fd: int, serve: Callable[[Connection], None]) -> None:
@@ -298,20 +284,12 @@ def _serve(connection: Connection, app: ClientApp, setup: WorkerSetup) -> None:
 
 
 def _answer(task: Parcel, app: ClientApp, setup: WorkerSetup) -> Parcel:
-    """Run the ClientApp on one message; whatever it raises becomes an error reply and leaves its state unchanged."""
+    """Run the ClientApp on one message; one that fails leaves its state unchanged."""
     message = decode_message(task)
-    message_id = message.metadata.message_id
     assume_identity(message.metadata.run_id, message.metadata.dst_node_id)
     try:
         context = setup.context(message, task.state)
-        reply = app(message, context)
-        if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message_id:
-            raise TypeError(
-                "the ClientApp returned no reply to this message; return Message(content, reply_to=message)"
-            )
-        return encode_parcel(reply, encode_state(context.state))
-    except BaseException as error:  # also SystemExit: an app that calls sys.exit has failed, its worker has not
-        log(DEBUG, "ClientApp raised on %s", message_id, exc_info=error)
-        return encode_parcel(
-            Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _one_line(error)), reply_to=message), b""
-        )
+        reply = serve(app, message, context)
+        return encode_parcel(reply, b"" if reply.has_error() else encode_state(context.state))
+    except Exception as error:  # a reply or a state that cannot be packed
+        return encode_parcel(error_reply(message, error), b"")

@@ -14,7 +14,7 @@ DESERTERS = {client_id(number) for number in range(NUM_DESERTERS)}
 
 @pytest.fixture
 def federation(overrides, tmp_path):
-    """Run rounds of 4 of 12 clients, 8 of whom never train; returns the strategy and, if any, the error that ended it."""
+    """Run rounds of 4 of 12 clients, 8 of whom never train; returns the strategy and the error that ended it, or ""."""
 
     def run(client_app: str, rounds: int, *more: str, checkpoint=None):
         always = [f"fleet.classes.{name}.availability=1" for name in ("sensor_board", "raspberry_pi", "phone")]
