@@ -49,7 +49,7 @@ class FleetConf:
     num_clients: int = MISSING
     clients_per_round: int = MISSING
     round_seconds: float = MISSING  # a device's budget for download, training and upload in one round
-    max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory
+    max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory; in process at most workers + 2
     reply_seconds: float = MISSING  # real time after which a silent client is given up
     classes: dict[str, DeviceClassConf] = MISSING
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 from flwr.app import Error, Message
@@ -38,15 +39,15 @@ def stream_replies(
                 out[message_id] = (_without_content(message), time.monotonic() + reply_seconds)
         if not out:
             return
-        replies = list(grid.pull_messages(list(out)))
-        for reply in replies:
-            asked, _ = out.pop(reply.metadata.reply_to_message_id)
-            yield _attributed(reply, asked)
+        replies = deque(grid.pull_messages(list(out)))
+        if not replies:
+            time.sleep(_IDLE_SECONDS)
+        while replies:
+            asked, _ = out.pop(replies[0].metadata.reply_to_message_id)
+            yield _attributed(replies.popleft(), asked)  # no reference stays here: the reply may go once it is used
         for message_id in [key for key, (_, deadline) in out.items() if time.monotonic() > deadline]:
             asked, _ = out.pop(message_id)
             yield _failure(asked, ErrorCode.NODE_UNAVAILABLE, f"no answer within {reply_seconds:g} s")
-        if not replies:
-            time.sleep(_IDLE_SECONDS)
 
 
 def _attributed(reply: Message, asked: Message) -> Message:
