@@ -49,7 +49,7 @@ class FleetConf:
     num_clients: int = MISSING
     clients_per_round: int = MISSING
     round_seconds: float = MISSING  # a device's budget for download, training and upload in one round
-    max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory
+    max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory; in process at most workers + 2
     reply_seconds: float = MISSING  # real time after which a silent client is given up
     quorum_fraction: float = MISSING  # of a cohort's clients, whose verified deltas a round needs; one at the least
     round_attempts: int = MISSING  # tries at a round, each with other clients, before it is given up

@@ -26,6 +26,7 @@ from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
+from server.resources import available_cores
 from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
@@ -33,6 +34,8 @@ from server.strategy import FederationSettings, FedOFA
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
 _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
+_IN_STORE = 2
+"""Messages that wait for a free worker of this machine, so that none is idle while a reply is folded."""
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation")
 """Settings that a resumed run may change: they do not change what a round computes."""
 
@@ -59,7 +62,7 @@ class Parts:
             seed=conf.seed,
             clients_per_round=conf.fleet.clients_per_round,
             round_seconds=conf.fleet.round_seconds,
-            max_in_flight=conf.fleet.max_in_flight,
+            max_in_flight=messages_in_flight(conf),
             reply_seconds=conf.fleet.reply_seconds,
             evaluate_every=conf.evaluation.every,
             float_dtype=conf.aggregation.float_dtype,
@@ -131,6 +134,16 @@ def build_optimiser(conf: AggregationConf) -> ServerOptimiser:
     if conf.optimiser == "momentum":
         return Momentum(conf.learning_rate, conf.beta)
     return Adaptive(conf.learning_rate, conf.beta, conf.beta2, conf.epsilon, yogi=conf.optimiser == "yogi")
+
+
+def messages_in_flight(conf: SimulateConf) -> int:
+    """How many clients are out at a time; each may leave the server a whole reply before the first one is folded.
+
+    Workers of this machine need no more than their number and a few in store: more would only wait in memory.
+    """
+    if conf.runtime.name != "in_process":
+        return conf.fleet.max_in_flight
+    return min(conf.fleet.max_in_flight, (conf.runtime.num_workers or available_cores()) + _IN_STORE)
 
 
 def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:

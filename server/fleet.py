@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def plan_fleet(
     """Give every client the best subnet and plan that its device can train.
 
     Clients with equal profiles share one search, made for the largest data set among them; where that does not fit,
-    each is searched for on its own.
+    those with equally many examples share one.
 
     Args:
         work_of: local work from the number of training examples.
@@ -90,17 +91,28 @@ def plan_fleet(
     assignments, sitting_out = {}, {}
     for profile, members in groups.items():
         budgets = Budgets(profile.memory_bytes, round_seconds)
-        try:
-            shared = search.best_fit(profile, work_of(max(client.num_train for client in members)), budgets)
-        except InfeasibilityError:
-            shared = None
+        outcome_of = cache(partial(_fit_or_reason, search, work_of, profile, budgets))
+        shared = outcome_of(max(client.num_train for client in members))
         for client in members:
-            try:
-                fit = shared or search.best_fit(profile, work_of(client.num_train), budgets)
-                assignments[client.client_id] = Assignment(client, fit)
-            except InfeasibilityError as error:
-                sitting_out[client.client_id] = str(error)
+            outcome = shared if isinstance(shared, Fit) else outcome_of(client.num_train)
+            if isinstance(outcome, Fit):
+                assignments[client.client_id] = Assignment(client, outcome)
+            else:
+                sitting_out[client.client_id] = str(outcome)
     return FleetPlan(assignments, sitting_out)
+
+
+def _fit_or_reason(
+    search: FitSearch,
+    work_of: Callable[[int], LocalWork],
+    profile: DeviceProfile,
+    budgets: Budgets,
+    num_train: int,
+) -> Fit | InfeasibilityError:
+    try:
+        return search.best_fit(profile, work_of(num_train), budgets)
+    except InfeasibilityError as error:
+        return error
 
 
 def plan_uniform(plan: FleetPlan, fit: Fit, fit_of: Callable[[ClientInfo], Fit | None]) -> FleetPlan:

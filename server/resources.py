@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -52,6 +53,40 @@ def tree_usage() -> tuple[float, int]:
         seconds += sum(int(value) for value in fields[11:15]) / _TICKS
         peak += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0) * 1024
     return seconds, peak
+
+
+def held_bytes(root: int) -> tuple[int, int]:
+    """Memory that a process holds now, and with all its descendants: (its own memory files, everything of all).
+
+    Everything is resident memory, where pages that several processes share count once, and memory files, which are in
+    no process's resident memory unless it maps them. Linux only; `root` must live.
+    """
+    sizes: dict[int, int] = {}
+    pids = _descendants(root)
+    _add_memory_files(root, sizes)
+    own_files = sum(sizes.values())
+    for pid in pids:
+        _add_memory_files(pid, sizes)
+    return own_files, sum(sizes.values()) + sum(map(_proportional_bytes, pids))
+
+
+def _add_memory_files(pid: int, sizes: dict[int, int]) -> None:
+    """Inode -> allocated bytes of every anonymous memory file that the process has open."""
+    with contextlib.suppress(OSError):  # the process ended meanwhile
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # it closed this one
+                if os.readlink(entry).startswith("/memfd:"):
+                    status = entry.stat()
+                    sizes[status.st_ino] = status.st_blocks * 512
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Resident memory of a process; of a page that n processes map, one n-th."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0) * 1024
 
 
 def _descendants(root: int) -> list[int]:

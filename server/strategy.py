@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from fedofa.aggregation.server_optimisers import ServerOptimiser
 from fedofa.device.cost import LocalWork
 from fedofa.evaluation.metrics import Score
 from fedofa.finetune.trainer import LocalTraining
-from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.search.fit import Budgets, Fit, FitSearch, capacity
 from fedofa.supernet.base import Supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import CheckpointError, ConfigError, DeltaError, FoldError, QuorumError, WireError
@@ -220,14 +221,14 @@ class FedOFA(Strategy):
         return self._messages(server_round, cohort)
 
     def _messages(self, server_round: int, cohort: list[Assignment]) -> Iterator[Message]:
-        payloads: dict[tuple[SubnetConfig, str], bytes] = {}
-        for item in cohort:
-            key = (item.fit.subnet, item.fit.plan.digest())
-            if key not in payloads:
-                payloads[key] = self._payload(server_round, item.fit)
-            self._record.bytes_down += len(payloads[key])
-            content = packed_content(payloads[key])
-            yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
+        """By payload, the largest subnets first: one payload at a time, and what takes longest is not begun last."""
+        for _, items in itertools.groupby(sorted(cohort, key=_payload_order), key=_payload_order):
+            sharers = list(items)
+            payload = self._payload(server_round, sharers[0].fit)
+            for item in sharers:
+                self._record.bytes_down += len(payload)
+                content = packed_content(payload)
+                yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
 
     def _payload(self, server_round: int, fit: Fit) -> bytes:
         task = ClientTask(
@@ -259,18 +260,22 @@ class FedOFA(Strategy):
         """
         record, sums = self._record, FoldSums(self.supernet.slice_map)
         self._accepted: list[str] = []
-        for reply in replies:
-            item = self._cohort[reply.metadata.src_node_id]
-            try:
-                self._fold(reply, item, sums)
-            except (WireError, DeltaError, FoldError) as error:
-                record.current.failures[item.client.client_id] = str(error)
+        self._fold_all(replies, sums)
         record.current.verified = sums.num_deltas
         if record.complete:
             self.state, report = sums.finish(self.state, self.optimiser)
             record.delta_norm, record.truncated = report.delta_norm, report.truncated
             record.covered_fraction = float(np.mean(list(report.covered_fraction.values())))
         return None, MetricRecord({"loss": record.loss or 0.0, "folded": record.folded})
+
+    def _fold_all(self, replies: Iterable[Message], sums: FoldSums) -> None:
+        """Fold what can be folded; when this returns no reply is left in memory."""
+        for reply in replies:
+            item = self._cohort[reply.metadata.src_node_id]
+            try:
+                self._fold(reply, item, sums)
+            except (WireError, DeltaError, FoldError) as error:
+                self._record.current.failures[item.client.client_id] = str(error)
 
     def _fold(self, reply: Message, item: Assignment, sums: FoldSums) -> None:
         """Add one reply to the sums, or raise why not."""
@@ -399,6 +404,11 @@ class FedOFA(Strategy):
         budgets = Budgets(client.profile.memory_bytes, self.settings.round_seconds)
         work = self._work(client.num_train)
         return self.search.fit_of(subnet, client.profile, work, budgets)
+
+
+def _payload_order(item: Assignment) -> tuple[float, Any, str]:
+    """Equal for those who get the same payload; the largest subnets come first."""
+    return -capacity(item.fit.cost), item.fit.subnet.choices, item.fit.plan.digest()
 
 
 def _client_info(answer: Message) -> ClientInfo:

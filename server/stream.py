@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 
 from flwr.app import Error, Message
@@ -44,16 +45,17 @@ def stream_replies(
                 out[message_id] = (_without_content(message), time.monotonic() + patience)
         if not out:
             return
-        replies = list(grid.pull_messages(list(out)))
-        for reply in replies:
-            asked, deadline = out.pop(reply.metadata.reply_to_message_id)
-            late = reply.has_error() and time.monotonic() > deadline  # the runtime found out first
-            yield _silence(asked, reply_seconds) if late else _attributed(reply, asked)
+        replies = deque(grid.pull_messages(list(out)))
+        if not replies:
+            time.sleep(_IDLE_SECONDS)
+        while replies:
+            asked, deadline = out.pop(replies[0].metadata.reply_to_message_id)
+            if replies[0].has_error() and time.monotonic() > deadline:  # the runtime found out first
+                replies[0] = _silence(asked, reply_seconds)
+            yield _attributed(replies.popleft(), asked)  # no reference stays here: the reply may go once it is used
         for message_id in [key for key, (_, deadline) in out.items() if time.monotonic() > deadline]:
             asked, _ = out.pop(message_id)
             yield _silence(asked, reply_seconds)
-        if not replies:
-            time.sleep(_IDLE_SECONDS)
 
 
 def _attributed(reply: Message, asked: Message) -> Message:

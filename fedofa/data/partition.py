@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,9 +39,11 @@ _MINIMA = {
 class PartitionSpec:
     """How to split a source among clients. Raises `DatasetError` for a setting outside its range.
 
-    "iid" deals the examples out evenly; "dirichlet" draws each class's shares from a Dirichlet distribution of
-    concentration `alpha` (arXiv 1905.12022); "pathological" gives each client `classes_per_client` classes
-    (arXiv 2102.02079), and leaves out the classes that no client drew.
+    "iid" deals the examples out evenly. "dirichlet" draws each class's shares from a Dirichlet distribution of
+    concentration `alpha` (arXiv 1905.12022); the draw is repeated a few times while some client gets fewer than
+    `min_examples`, and when that does not help, the first draw's largest clients fill up those that are short.
+    "pathological" gives each client `classes_per_client` classes (arXiv 2102.02079), and leaves out the classes that
+    no client drew.
     """
 
     kind: str
@@ -109,7 +111,8 @@ def partition_examples(
     the test part that are not drawn stay unused. A client with at least 2 examples has at least 1 to train on and,
     if `client_test_fraction` is above 0, at least 1 to test on.
 
-    Raises `DatasetError` when the examples do not suffice, or the draw leaves a client short of `min_examples`.
+    Raises `DatasetError` when the examples do not suffice, or a pathological draw leaves a client short of
+    `min_examples`.
     """
     _check_labels(labels, split)
     holdout_rng, order_rng, client_rng = (
@@ -173,7 +176,9 @@ def _share_among_clients(labels: npt.NDArray[np.integer], spec: PartitionSpec) -
     try:
         shares = _run_partitioner(labels, spec, spec.min_examples)
     except ValueError as error:
-        raise _unreachable(labels, spec) from error
+        if spec.kind == "pathological":
+            raise _overdrawn_class(spec) from error
+        shares = _topped_up(_run_partitioner(labels, spec, min_examples=0), spec.min_examples)
     smallest = min(share.size for share in shares)
     if smallest < spec.min_examples:
         problem = f"the smallest of {spec.num_clients} clients got {smallest}; use at most that, or fewer clients"
@@ -181,23 +186,29 @@ def _share_among_clients(labels: npt.NDArray[np.integer], spec: PartitionSpec) -
     return shares
 
 
-def _unreachable(labels: npt.NDArray[np.integer], spec: PartitionSpec) -> DatasetError:
-    """Say what would do after the partitioner gave up."""
-    if spec.kind == "pathological":
-        return _refusal(
-            "num_clients",
-            spec.num_clients,
-            f"with {spec.classes_per_client} classes_per_client some class is drawn by more clients than it has "
-            f"examples; use fewer clients or classes_per_client",
-        )
-    smallest = min(share.size for share in _run_partitioner(labels, spec, min_examples=0))
-    reachable = f"min_examples={smallest}, " if smallest > 0 else ""
-    return _refusal(
-        "min_examples",
-        spec.min_examples,
-        f"not reached in any draw for {spec.num_clients} clients from {labels.size} examples at alpha={spec.alpha}; "
-        f"use {reachable}a larger alpha, fewer clients or another seed",
+def _overdrawn_class(spec: PartitionSpec) -> DatasetError:
+    """Say what would do after the pathological partitioner gave up."""
+    problem = (
+        f"with {spec.classes_per_client} classes_per_client some class is drawn by more clients than it has "
+        "examples; use fewer clients or classes_per_client"
     )
+    return _refusal("num_clients", spec.num_clients, problem)
+
+
+def _topped_up(shares: Sequence[Indices], min_examples: int) -> list[Indices]:
+    """Move examples, one by one, from whichever share is the largest to those below `min_examples`.
+
+    There are `len(shares) * min_examples` examples or more; each share is in random order.
+    """
+    positions = [share.tolist() for share in shares]
+    sizes = np.array([share.size for share in shares])
+    for short in np.flatnonzero(sizes < min_examples):
+        while sizes[short] < min_examples:
+            largest = int(sizes.argmax())
+            positions[short].append(positions[largest].pop())
+            sizes[short] += 1
+            sizes[largest] -= 1
+    return [np.array(share, dtype=np.int64) for share in positions]
 
 
 def _run_partitioner(labels: npt.NDArray[np.integer], spec: PartitionSpec, min_examples: int) -> list[Indices]:
