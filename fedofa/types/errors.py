@@ -35,3 +35,7 @@ class CheckpointError(FedofaError, ValueError):
 
 class InfeasibilityError(FedofaError, ValueError):
     """No subnet and plan fit a device's budgets."""
+
+
+class TrackingError(FedofaError, RuntimeError):
+    """A tracker cannot be opened."""
