@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,10 +84,5 @@ def _new_identity(folder: Path) -> str:
 
 
 def _remove_offline_copies(folder: Path, identity: str) -> None:
-    """Make room for a new copy, whose folder W&B names by the second and which must not be one that was removed."""
-    stamps = set()
     for path in (folder / "wandb").glob(f"offline-run-*-{identity}"):
-        stamps.add(path.name.split("-")[2])
         shutil.rmtree(path)
-    while time.strftime("%Y%m%d_%H%M%S") in stamps:
-        time.sleep(0.05)

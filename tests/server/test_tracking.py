@@ -98,8 +98,10 @@ def points(name: str, folder, metric: str) -> list[tuple[int, float]]:
 
         events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
         return [(event.step, event.value) for event in events.Scalars(metric)]
+    import wandb
     from offline_wandb import history
 
+    wandb.teardown()  # its service still writes when a run has been finished, until it is stopped
     (file,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     return [(step, values[metric]) for step, values in history(file) if metric in values]
 
