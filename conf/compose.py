@@ -83,7 +83,8 @@ def explain(error: Exception, prefix: str = "") -> str:
         options = _first(r"(?s)Available options in '[^']+':\n(.*?)(?:\n\S|$)", text) or ""
         return f"{group[1]}: no such option; available: {', '.join(options.split())}"
     if "Config group override" in text:
-        return f"a group (data, partition, fleet, supernet, finetune, aggregation, runtime) needs a name: {reason}"
+        groups = "data, partition, fleet, supernet, finetune, aggregation, runtime, tracking"
+        return f"a group ({groups}) needs a name: {reason}"
     if key is None:
         return reason
     unknown = "not in struct" in text or "not in '" in text  # Hydra's words, then OmegaConf's

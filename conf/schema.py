@@ -151,6 +151,16 @@ class EvaluationConf:
 
 
 @dataclass
+class TrackingConf:
+    """Where a run is shown beside others; its own diary is always in output_dir (see docs/tracking.md)."""
+
+    name: str = MISSING  # "jsonl" | "mlflow" | "tensorboard" | "wandb"
+    project: str = MISSING  # MLflow's experiment, W&B's project
+    uri: str | None = None  # MLflow's store; without it mlflow.db beside output_dir
+    mode: str = MISSING  # of W&B: "offline" | "online"
+
+
+@dataclass
 class SimulateConf:
     """Everything that `fedofa simulate` needs."""
 
@@ -167,3 +177,4 @@ class SimulateConf:
     aggregation: AggregationConf = MISSING
     runtime: RuntimeConf = MISSING
     evaluation: EvaluationConf = MISSING
+    tracking: TrackingConf = MISSING

@@ -15,8 +15,8 @@ commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
   settings    print every setting with its value, as simulate would use it
 
-Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
-of a file under conf/."""
+Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking) take
+the name of a file under conf/."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,13 +30,14 @@ from server.resources import available_cores
 from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
+from server.tracking.backends import check_tracking
 
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
 _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
 _IN_STORE = 2
 """Messages that wait for a free worker of this machine, so that none is idle while a reply is folded."""
-_MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation")
+_MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation", "tracking")
 """Settings that a resumed run may change: they do not change what a round computes."""
 
 _PATIENCE = ("max_in_flight", "reply_seconds", "quorum_fraction", "round_attempts", "max_lost_rounds")
@@ -93,6 +94,7 @@ def build_parts(conf: SimulateConf) -> Parts:
         ConfigError, DatasetError: naming the setting.
     """
     _check(conf)
+    check_tracking(conf.tracking)
     fleet_profiles(conf)  # device classes out of range are refused here, not by every client
     training = build_training(conf.finetune)
     optimiser = build_optimiser(conf.aggregation)
@@ -159,6 +161,11 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
     settings["data"].pop("path")
     settings["uniform"] = uniform
     return _flat(settings, "")
+
+
+def flat_settings(conf: SimulateConf) -> dict[str, Any]:
+    """All settings by dotted key."""
+    return _flat(json.loads(encode_conf(conf)), "")
 
 
 def _flat(value: Any, key: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from server.federation import Parts, build_parts
 from server.outputs import exclusive, set_aside, write_outputs
 from server.progress import Progress
 from server.strategy import FedOFA
+from server.tracking.following import Tracking
 
 app = ServerApp()
 
@@ -35,22 +36,25 @@ def main(grid: Grid, context: Context) -> None:
 
 def _main(grid: Grid, conf: SimulateConf, output_dir: Path) -> None:
     parts = build_parts(conf)
-    with Progress(conf.rounds) as progress:
-        strategy = _run(parts, output_dir, grid, progress)
-        on_clients = strategy.score_on_clients(grid) if conf.evaluation.clients else {}
-        comparison = None
-        if conf.evaluation.comparison:
-            progress.next_run("FedAvg, weakest device's subnet")
-            comparison = _run(parts, output_dir / COMPARISON, grid, progress, uniform=True)
-    write_outputs(parts, strategy, on_clients, comparison, output_dir)
+    with Tracking(conf, output_dir) as tracking:
+        with Progress(conf.rounds) as progress:
+            strategy = _run(parts, output_dir, grid, progress, tracking)
+            on_clients = strategy.score_on_clients(grid) if conf.evaluation.clients else {}
+            comparison = None
+            if conf.evaluation.comparison:
+                progress.next_run("FedAvg, weakest device's subnet")
+                comparison = _run(parts, output_dir / COMPARISON, grid, progress, tracking, uniform=True)
+        tracking.results(write_outputs(parts, strategy, on_clients, comparison, output_dir))
 
 
-def _run(parts: Parts, output_dir: Path, grid: Grid, progress: Progress, *, uniform: bool = False) -> FedOFA:
+def _run(
+    parts: Parts, output_dir: Path, grid: Grid, progress: Progress, tracking: Tracking, *, uniform: bool = False
+) -> FedOFA:
     """One strategy from its checkpoint, or from the start, to the last round."""
     strategy = parts.strategy(output_dir, uniform=uniform)
-    strategy.observers.append(progress)
     if parts.conf.resume:
         _restore(strategy, parts.conf, grid)
+    strategy.observers += [progress, *tracking.follow(strategy, output_dir)]
     strategy.start(grid, num_rounds=parts.conf.rounds)
     return strategy
 

@@ -43,3 +43,7 @@ class QuorumError(FedofaError, RuntimeError):
 
 class RuntimeUnavailableError(FedofaError, RuntimeError):
     """What runs the clients cannot be started or reached, or ended in the middle of a run."""
+
+
+class TrackingError(FedofaError, RuntimeError):
+    """A tracker cannot be opened."""

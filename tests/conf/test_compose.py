@@ -13,7 +13,7 @@ from fedofa.types.errors import ConfigError
 ROOT = Path(str(files("conf")))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
-GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet")
+GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet", "tracking")
 
 
 def refused(*overrides: str) -> str:
