@@ -16,17 +16,19 @@ def missing_extra(package: str, purpose: str) -> DatasetError:
 
 @contextmanager
 def silenced_datasets(purpose: str) -> Iterator[None]:
-    """Keep progress bars and advice of the package `datasets`, which `purpose` needs, off the terminal."""
+    """Keep progress bars, advice and log lines of the package `datasets`, which `purpose` needs, off the terminal."""
     try:
         import datasets
     except ImportError as error:
         raise missing_extra("datasets", purpose) from error
-    had_bars = not datasets.are_progress_bars_disabled()
+    had_bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         try:
             yield
         finally:
+            datasets.logging.set_verbosity(verbosity)
             if had_bars:
                 datasets.enable_progress_bars()

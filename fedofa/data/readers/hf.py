@@ -121,12 +121,17 @@ def _hub_commit(hub_name: str, revision: str | None) -> str:
 
 
 def _unreachable(hub_name: str, error: Exception) -> DatasetError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return DatasetError(
-        f"source 'hf': {hub_name!r} cannot be fetched from the Hugging Face hub ({reason}): connect this machine, or "
-        "download the dataset elsewhere (save_to_disk or Parquet files) and give its folder as data.path=... in place "
-        "of data.hub_name"
+        f"source 'hf': {hub_name!r} cannot be fetched from the Hugging Face hub ({_reason(error)}): connect this "
+        "machine, or download the dataset elsewhere (save_to_disk or Parquet files) and give its folder as "
+        "data.path=... in place of data.hub_name"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, of the cause where `datasets` only says that something did."""
+    told = error.__cause__ if error.__cause__ is not None and "while generating" in str(error) else error
+    return (str(told).strip() or type(told).__name__).splitlines()[0]
 
 
 def _decode(request: _Request) -> Decoded:
@@ -191,10 +196,9 @@ def _load(request: _Request) -> Any:
     except Exception as error:  # `datasets`, Arrow and the transport raise errors of many kinds
         if path is None:
             raise _unreachable(str(request.hub_name), error) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DatasetError(
-            f"{path} is not a readable dataset ({reason}): expected what save_to_disk wrote, a Parquet file, or a "
-            "folder of Parquet files or of images in class folders"
+            f"{path} is not a readable dataset ({_reason(error)}): expected what save_to_disk wrote, a Parquet file, "
+            "or a folder of Parquet files or of images in class folders"
         ) from error
 
 
