@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Context
 
 from conf.compose import load_conf
-from conf.schema import SimulateConf
+from conf.schema import DataConf, SimulateConf
 from fedofa.data.federation import ClientData, FederatedData, load_federation
 from fedofa.data.partition import PartitionSpec
 from fedofa.device.fleet import assign_profiles
@@ -69,8 +69,10 @@ def federation(conf: SimulateConf) -> FederatedData:
         calibration_examples=conf.data.calibration_examples,
         seed=conf.seed,
     )
-    path = Path(conf.data.path) if conf.data.path else None
-    return load_federation(conf.data.name, path, Path(conf.data.cache_dir).expanduser(), spec)
+    path = Path(conf.data.path).expanduser() if conf.data.path else None
+    common = {field.name for field in fields(DataConf)}
+    own = {name: value for name, value in asdict(conf.data).items() if name not in common}
+    return load_federation(conf.data.name, path, Path(conf.data.cache_dir).expanduser(), spec, own)
 
 
 def fleet_profiles(conf: SimulateConf) -> tuple[DeviceProfile, ...]:

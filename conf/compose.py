@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import SUPERNETS, SimulateConf
+from conf.schema import SOURCES, SUPERNETS, DataConf, SimulateConf
 from fedofa.types.errors import ConfigError
 
 
@@ -48,8 +48,12 @@ def check_conf(composed: DictConfig) -> SimulateConf:
         if family not in SUPERNETS:
             raise ConfigError(f"supernet.family: expected one of {sorted(SUPERNETS)}, found {family!r}")
         supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.")
-        rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in ("supernet", "hydra")])
+        source = SOURCES.get(str(OmegaConf.select(composed, "data.name")), DataConf)
+        data = _merged(source, OmegaConf.select(composed, "data"), "data.")
+        apart = ("supernet", "data", "hydra")
+        rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in apart])
         checked = _merged(SimulateConf, rest, "")
+        checked.data = data
         missing = sorted(
             {*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))}
         )
@@ -99,6 +103,8 @@ def _first(pattern: str, text: str) -> str | None:
 
 
 def _closest(key: str) -> str:
+    if key in known_keys():
+        return f"; {key.partition('.')[0]} of another kind has it"
     close = difflib.get_close_matches(key, sorted(known_keys()), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "; `fedofa settings` prints all of them"
 
@@ -107,8 +113,9 @@ def _closest(key: str) -> str:
 def known_keys() -> frozenset[str]:
     """Every dotted key of the schema."""
     keys = set(_dotted(SimulateConf, ""))
-    for schema in SUPERNETS.values():
-        keys |= set(_dotted(schema, "supernet."))
+    for prefix, schemas in (("supernet.", SUPERNETS), ("data.", SOURCES)):
+        for schema in schemas.values():
+            keys |= set(_dotted(schema, prefix))
     return frozenset(keys)
 
 

@@ -10,20 +10,55 @@ from omegaconf import MISSING
 
 @dataclass
 class DataConf:
-    """Where the images come from."""
+    """Where the images come from; all that most sources need."""
 
-    name: str = MISSING  # "mnist5k" | "cifar10"
-    path: str | None = None  # of the file, for sources that have one
+    name: str = MISSING  # a name in fedofa.data.readers.catalogue.SOURCES
+    path: str | None = None  # of the files, for sources that have some
     cache_dir: str = MISSING  # decoded images and partitions are kept here
-    test_examples: int = MISSING  # size of the stratified global test set
+    test_examples: int | None = MISSING  # size of the stratified global test set; null: the whole official test part
     calibration_examples: int = MISSING  # held by the server, for batch-norm statistics; needed with norm: batch
+
+
+@dataclass
+class HarConf(DataConf):
+    """Windows of motion (see fedofa.data.readers.har)."""
+
+    window_samples: int = MISSING  # 100 last a second
+    window_overlap: float = MISSING  # share of a window that the next one repeats, in [0, 1)
+    max_gap_ms: int = MISSING  # samples further apart lie in different windows
+    held_out: list[int] = MISSING  # subjects that are never trained on; they make the official test part
+
+
+@dataclass
+class FolderConf(DataConf):
+    """Images in class folders (see fedofa.data.readers.folder)."""
+
+    image_size: int | None = MISSING  # side that images are cut and resized to; null where all have one size
+
+
+@dataclass
+class HfConf(FolderConf):
+    """A Hugging Face dataset, from data.path or data.hub_name (see fedofa.data.readers.hf)."""
+
+    hub_name: str | None = MISSING
+    hub_config: str | None = MISSING
+    revision: str | None = MISSING  # branch, tag or commit on the hub; null: the main branch
+    train_split: str = MISSING
+    test_split: str | None = MISSING
+    image_column: str = MISSING
+    label_column: str = MISSING
+    client_column: str | None = MISSING  # ids for partition=natural
+
+
+SOURCES: dict[str, type[DataConf]] = {"folder": FolderConf, "har": HarConf, "hf": HfConf}
+"""The settings of sources that need more than a path."""
 
 
 @dataclass
 class PartitionConf:
     """How the training examples are split among clients."""
 
-    kind: str = MISSING  # "iid" | "dirichlet" | "pathological"
+    kind: str = MISSING  # "iid" | "dirichlet" | "pathological" | "natural"
     alpha: float = MISSING  # concentration of the Dirichlet distribution; smaller is more skewed
     classes_per_client: int = MISSING  # of the pathological partition
     min_examples: int = MISSING  # that every client gets at the least
@@ -169,7 +204,7 @@ class SimulateConf:
     resume: bool = MISSING  # go on from the newest checkpoint in output_dir
     resume_round: int | None = None  # go on from this round's checkpoint instead
     output_dir: str = MISSING
-    data: DataConf = MISSING
+    data: DataConf = MISSING  # or what SOURCES says for its `name`
     partition: PartitionConf = MISSING
     fleet: FleetConf = MISSING
     supernet: Any = MISSING  # MobileNetV3Conf | FixedConf, by its `family`

@@ -1,13 +1,16 @@
 """A source and its partition together: every client's examples, the global test set and the calibration set."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedofa.data.partition import Indices, Partition, PartitionSpec, load_partition
+from fedofa.data.readers.base import Image
 from fedofa.data.sources import ImageSet, load_source
 from fedofa.types.errors import DatasetError
 
@@ -16,7 +19,7 @@ from fedofa.types.errors import DatasetError
 class Examples:
     """Labelled images in memory."""
 
-    images: npt.NDArray[np.uint8]  # `(num_examples, channels, height, width)`
+    images: Image  # `(num_examples, channels, height, width)`, uint8 pixels or float32 measurements
     labels: npt.NDArray[np.int64]  # `(num_examples,)`
 
 
@@ -68,10 +71,14 @@ class FederatedData:
         return Examples(images=self.image_set.images[indices], labels=self.image_set.labels[indices])
 
 
-def load_federation(name: str, path: Path | None, cache_dir: Path, spec: PartitionSpec) -> FederatedData:
+def load_federation(
+    name: str, path: Path | None, cache_dir: Path, spec: PartitionSpec, settings: Mapping[str, Any] | None = None
+) -> FederatedData:
     """Load the source `name` by `load_source`, split it by `load_partition`, both cached under `cache_dir`.
+
+    `settings` are the source's own.
 
     Raises `DatasetError` for an unknown or missing source, or a partition that is impossible.
     """
-    image_set = load_source(name, path, cache_dir)
+    image_set = load_source(name, path, cache_dir, settings)
     return FederatedData(image_set, load_partition(image_set, spec, cache_dir))

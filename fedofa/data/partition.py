@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedofa.data.cache import load_cached
-from fedofa.data.extras import missing_extra
+from fedofa.data.extras import missing_extra, silenced_datasets
 from fedofa.data.sources import ImageSet
 from fedofa.types.errors import DatasetError
 
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 
 Indices = npt.NDArray[np.int64]
 
-_FORMAT_VERSION = 1
-_KINDS = ("iid", "dirichlet", "pathological")
+_FORMAT_VERSION = 2
+_KINDS = ("iid", "dirichlet", "pathological", "natural")
 _MINIMA = {
     "num_clients": 1,
     "classes_per_client": 1,
@@ -43,7 +41,8 @@ class PartitionSpec:
     concentration `alpha` (arXiv 1905.12022); the draw is repeated a few times while some client gets fewer than
     `min_examples`, and when that does not help, the first draw's largest clients fill up those that are short.
     "pathological" gives each client `classes_per_client` classes (arXiv 2102.02079), and leaves out the classes that
-    no client drew.
+    no client drew. "natural" makes each client one owner of examples (a subject, a writer, a device), see
+    `partition_examples`.
     """
 
     kind: str
@@ -52,7 +51,7 @@ class PartitionSpec:
     classes_per_client: int = 2  # "pathological" only
     min_examples: int = 2  # of each client, its own test examples included
     client_test_fraction: float = 0.2  # of each client's examples, in [0, 1)
-    test_examples: int = 1000  # size of the global test set
+    test_examples: int | None = 1000  # size of the global test set; None for the whole official test part
     calibration_examples: int = 0  # held by the server for batch-norm calibration
     seed: int = 0
 
@@ -60,8 +59,9 @@ class PartitionSpec:
         if self.kind not in _KINDS:
             raise _refusal("kind", self.kind, f"expected one of {', '.join(_KINDS)}")
         for setting, minimum in _MINIMA.items():
-            if getattr(self, setting) < minimum:
-                raise _refusal(setting, getattr(self, setting), f"must be at least {minimum}")
+            value = getattr(self, setting)
+            if value is not None and value < minimum:
+                raise _refusal(setting, value, f"must be at least {minimum}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise _refusal("alpha", self.alpha, "must be a finite number above 0, for example 0.5")
         if not 0 <= self.client_test_fraction < 1:
@@ -83,10 +83,11 @@ class Partition:
     global_test: Indices  # `(test_examples,)`
     calibration: Indices  # `(calibration_examples,)`
     clients: tuple[ClientIndices, ...]  # one per client
+    owners: tuple[int, ...] = ()  # of each client, in a natural partition
 
 
 def load_partition(image_set: ImageSet, spec: PartitionSpec, cache_dir: Path) -> Partition:
-    """Return `partition_examples` of the set's labels, computed once per labels and spec and kept in `cache_dir`.
+    """Return `partition_examples` of the set, computed once per labels, split, owners and spec, kept in `cache_dir`.
 
     Raises `DatasetError` when the labels cannot be split as `spec` asks.
     """
@@ -94,15 +95,21 @@ def load_partition(image_set: ImageSet, spec: PartitionSpec, cache_dir: Path) ->
     digest.update(np.asarray(image_set.labels, dtype="<i8").tobytes())
     if image_set.split is not None:
         digest.update(image_set.split.tobytes())
+    owners = image_set.owners if spec.kind == "natural" else None
+    if owners is not None:
+        digest.update(np.asarray(owners, dtype="<i8").tobytes())
 
     def build(path: Path) -> None:
-        _save_partition(path, partition_examples(image_set.labels, image_set.split, spec))
+        _save_partition(path, partition_examples(image_set.labels, image_set.split, spec, owners))
 
     return load_cached(cache_dir / f"partition-{digest.hexdigest()[:16]}.npz", _load_partition, build)
 
 
 def partition_examples(
-    labels: npt.NDArray[np.integer], split: npt.NDArray[np.integer] | None, spec: PartitionSpec
+    labels: npt.NDArray[np.integer],
+    split: npt.NDArray[np.integer] | None,
+    spec: PartitionSpec,
+    owners: npt.NDArray[np.integer] | None = None,
 ) -> Partition:
     """Split examples with `labels` `(num_examples,)` as `spec` says; the same arguments give the same partition.
 
@@ -111,22 +118,31 @@ def partition_examples(
     the test part that are not drawn stay unused. A client with at least 2 examples has at least 1 to train on and,
     if `client_test_fraction` is above 0, at least 1 to test on.
 
+    A natural partition needs `owners` `(num_examples,)`, numbers of those whom the examples come from. Owners with at
+    least `min_examples` left to share out are put in an order drawn from the seed, which does not depend on
+    `num_clients`; client `i` is the `i`-th of them, and those beyond `num_clients` take no part.
+
     Raises `DatasetError` when the examples do not suffice, or a pathological draw leaves a client short of
     `min_examples`.
     """
     _check_labels(labels, split)
-    holdout_rng, order_rng, client_rng = (
-        np.random.default_rng(seed) for seed in np.random.SeedSequence(spec.seed).spawn(3)
+    holdout_rng, order_rng, client_rng, owner_rng = (
+        np.random.default_rng(seed) for seed in np.random.SeedSequence(spec.seed).spawn(4)
     )
     test_pool = np.arange(labels.size) if split is None else np.flatnonzero(split == 1)
-    global_test = _draw_stratified("test_examples", spec.test_examples, test_pool, labels, holdout_rng)
+    num_test = _num_test_examples(split, spec)
+    global_test = _draw_stratified("test_examples", num_test, test_pool, labels, holdout_rng)
     train_pool = np.arange(labels.size) if split is None else np.flatnonzero(split == 0)
     train_pool = np.setdiff1d(train_pool, global_test)
     calibration = _draw_stratified("calibration_examples", spec.calibration_examples, train_pool, labels, holdout_rng)
     shared = order_rng.permutation(np.setdiff1d(train_pool, calibration))
-    shares = _share_among_clients(labels[shared], spec)
+    chosen: tuple[int, ...] = ()
+    if spec.kind == "natural":
+        chosen, shares = _share_among_owners(_checked_owners(owners, labels)[shared], spec, owner_rng)
+    else:
+        shares = _share_among_clients(labels[shared], spec)
     clients = tuple(_split_client(shared[share], spec.client_test_fraction, client_rng) for share in shares)
-    return Partition(global_test, calibration, clients)
+    return Partition(global_test, calibration, clients, chosen)
 
 
 def _refusal(setting: str, found: object, problem: str) -> DatasetError:
@@ -138,6 +154,41 @@ def _check_labels(labels: npt.NDArray, split: npt.NDArray | None) -> None:
         raise DatasetError(f"labels must be a row of integers, found {labels.dtype}{labels.shape}")
     if split is not None and (split.shape != labels.shape or not np.isin(split, (0, 1)).all()):
         raise DatasetError(f"split must hold 0 (train) or 1 (test) per label, {labels.shape}, found {split.shape}")
+
+
+def _num_test_examples(split: npt.NDArray | None, spec: PartitionSpec) -> int:
+    if spec.test_examples is not None:
+        return spec.test_examples
+    if split is None:
+        raise _refusal("test_examples", None, "the source has no official test part to take whole; give a number")
+    return int(np.count_nonzero(split))
+
+
+def _checked_owners(owners: npt.NDArray | None, labels: npt.NDArray) -> npt.NDArray[np.integer]:
+    if owners is None:
+        problem = "the source states no ids of those whom its examples come from; use iid, dirichlet or pathological"
+        raise _refusal("kind", "natural", problem)
+    if owners.shape != labels.shape or owners.dtype.kind not in "iu":
+        raise DatasetError(f"owners must be one integer per label, {labels.shape}, found {owners.dtype}{owners.shape}")
+    return owners
+
+
+def _share_among_owners(
+    owners: npt.NDArray[np.integer], spec: PartitionSpec, rng: np.random.Generator
+) -> tuple[tuple[int, ...], list[Indices]]:
+    """Return the owner that each client is, and the positions in `owners` that it gets."""
+    numbers, counts = np.unique(owners, return_counts=True)
+    enough = numbers[counts >= spec.min_examples]
+    if enough.size < spec.num_clients:
+        problem = (
+            f"there are {enough.size} ids with at least min_examples={spec.min_examples} examples to train on; set "
+            f"fleet.num_clients to at most {enough.size}"
+        )
+        if enough.size < numbers.size:
+            problem += f", or lower min_examples: {numbers.size} ids have any"
+        raise _refusal("num_clients", spec.num_clients, problem)
+    chosen = rng.permutation(enough)[: spec.num_clients]
+    return tuple(chosen.tolist()), [np.flatnonzero(owners == owner) for owner in chosen]
 
 
 def _draw_stratified(
@@ -216,7 +267,7 @@ def _run_partitioner(labels: npt.NDArray[np.integer], spec: PartitionSpec, min_e
     partitioner = _build_partitioner(spec, min_examples)
     import datasets
 
-    with _silence_datasets():
+    with silenced_datasets("split examples among clients"):
         partitioner.dataset = datasets.Dataset.from_dict({"label": labels, "position": np.arange(labels.size)})
         shares = (partitioner.load_partition(client) for client in range(spec.num_clients))
         return [np.array(share["position"], dtype=np.int64) for share in shares]
@@ -234,22 +285,6 @@ def _build_partitioner(spec: PartitionSpec, min_examples: int) -> "Partitioner":
     return PathologicalPartitioner(
         spec.num_clients, "label", spec.classes_per_client, "first-deterministic", seed=spec.seed
     )
-
-
-@contextmanager
-def _silence_datasets() -> Iterator[None]:
-    """Keep progress bars and the partitioners' advice off the terminal."""
-    import datasets
-
-    had_bars = not datasets.are_progress_bars_disabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        datasets.disable_progress_bars()
-        try:
-            yield
-        finally:
-            if had_bars:
-                datasets.enable_progress_bars()
 
 
 def _split_client(indices: Indices, test_fraction: float, rng: np.random.Generator) -> ClientIndices:
@@ -273,6 +308,7 @@ def _save_partition(path: Path, partition: Partition) -> None:
             train_sizes=[train.size for train in trains],
             test=np.concatenate(tests),
             test_sizes=[test.size for test in tests],
+            owners=np.array(partition.owners, dtype=np.int64),
         )
 
 
@@ -282,4 +318,5 @@ def _load_partition(path: Path) -> Partition:
         trains = np.split(file["train"], np.cumsum(file["train_sizes"])[:-1])
         tests = np.split(file["test"], np.cumsum(file["test_sizes"])[:-1])
         clients = tuple(ClientIndices(train, test) for train, test in zip(trains, tests, strict=True))
-        return Partition(file["global_test"], file["calibration"], clients)
+        owners = tuple(file["owners"].tolist())
+        return Partition(file["global_test"], file["calibration"], clients, owners)

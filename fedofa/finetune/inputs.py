@@ -13,15 +13,18 @@ from torch.nn import functional
 def prepare_inputs(
     images: np.ndarray, mean: Sequence[float], std: Sequence[float], resolution: int | None = None
 ) -> Tensor:
-    """Images `(num_examples, channels, height, width)` in uint8 to float32, normalised and resized.
+    """Images `(num_examples, channels, height, width)` to float32, normalised and resized.
 
     Args:
-        mean, std: per channel, of pixels scaled to [0, 1].
+        images: uint8 pixels, which are scaled to [0, 1], or float32 measurements, which are taken as they are.
+        mean, std: one value a channel; or one a row of each channel, all rows of the first channel first.
         resolution: side in pixels of the square result (bilinear, antialiased); None keeps the size.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).float().div(255.0)
-    shape = (1, -1, 1, 1)
-    pixels = pixels.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    values = torch.from_numpy(np.array(images, np.float32, order="C"))
+    if images.dtype == np.uint8:
+        values.div_(255.0)
+    shape = (1, values.shape[1], -1, 1)
+    pixels = values.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
     if resolution is None or pixels.shape[-2:] == (resolution, resolution):
         return pixels
     return functional.interpolate(pixels, size=(resolution, resolution), mode="bilinear", antialias=True)

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import DeviceClassConf, SimulateConf, StageConf
+from conf.schema import SOURCES, DeviceClassConf, SimulateConf, StageConf
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))
@@ -41,15 +41,29 @@ def test_every_group_has_options():
 def test_every_option_composes_and_takes_effect(group, name):
     given = OmegaConf.load(ROOT / group / f"{name}.yaml")
     found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}"]))))
-    for key, value in given.items():
-        if key != "defaults" and not OmegaConf.is_interpolation(given, key):
-            assert OmegaConf.select(found, f"{group}.{key}") == value
+    for key, value in leaves(OmegaConf.to_container(given), package(Path(group) / f"{name}.yaml")):
+        if "${" not in str(value):
+            assert OmegaConf.select(found, key) == value, key
+
+
+def package(path: Path) -> str:
+    """What the keys of a file begin with: its group, unless it says that they are whole."""
+    is_global = (ROOT / path).read_text().startswith("# @package _global_")
+    return f"{path.parent.name}." if path.parent.name and not is_global else ""
+
+
+def leaves(value: dict, prefix: str) -> list[tuple[str, object]]:
+    """Dotted keys and values of a file, its list of defaults left out."""
+    pairs = []
+    for key, item in value.items():
+        if key != "defaults":
+            pairs += leaves(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", item)]
+    return pairs
 
 
 @pytest.mark.parametrize("path", YAML, ids=str)
 def test_every_key_of_every_file_is_in_the_schema(path):
-    prefix = f"{path.parent.name}." if path.parent.name else ""
-    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), prefix)) - known_keys())
+    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), package(path))) - known_keys())
     assert not unknown
 
 
@@ -71,8 +85,10 @@ def dotted(node: DictConfig | ListConfig, prefix: str) -> list[str]:
 
 
 def test_every_setting_of_the_schema_has_a_value():
-    container = OmegaConf.to_container(OmegaConf.structured(compose_conf()), throw_on_missing=True)
-    given = set(flat(container, ""))
+    given = set()
+    for overrides in ([], *([f"data={name}"] for name in SOURCES)):
+        container = OmegaConf.to_container(OmegaConf.structured(compose_conf(overrides)), throw_on_missing=True)
+        given |= set(flat(container, ""))
     fixed_only = {"supernet.module"}
     assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - fixed_only <= given
 
@@ -93,6 +109,7 @@ def flat(value: dict, prefix: str) -> list[str]:
         ("+rouds=3", "rouds: unknown setting; did you mean 'rounds'?"),
         ("+supernet.dropuot=0.1", "supernet.dropuot: unknown setting; did you mean 'supernet.dropout'?"),
         ("+zzz=3", "zzz: unknown setting; `fedofa settings` prints all of them"),
+        ("data.window_samples=5", "data.window_samples: unknown setting; data of another kind has it"),
         ("partitoin=iid", "partitoin: unknown setting; did you mean 'partition'?"),
     ],
 )
@@ -120,6 +137,15 @@ def test_a_value_of_the_wrong_type_is_named_by_its_key(override, parts):
     assert message.startswith(parts[0])
     for part in parts:
         assert part in message
+
+
+def test_a_data_set_brings_its_partition_and_fleet_and_overrides_come_after():
+    conf = compose_conf(["data=har"])
+    assert (conf.partition.kind, conf.fleet.num_clients, conf.data.test_examples) == ("natural", 18, None)
+    conf = compose_conf(["data=har", "partition=iid", "fleet.num_clients=5", "rounds=3", "data.held_out=[2]"])
+    assert (conf.partition.kind, conf.fleet.num_clients, conf.rounds) == ("iid", 5, 3)
+    assert load_conf({"config": encode_conf(conf)}) == conf
+    assert isinstance(conf.data, SOURCES["har"])
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -1,6 +1,7 @@
 """Partitions are disjoint, complete, stratified where promised, deterministic and skewed as asked."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -296,6 +297,80 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         partition_examples(TENS, None, PartitionSpec("iid", 1, test_examples=1))
 
 
+OWNERS = np.random.default_rng(5).integers(0, 12, TENS.size)
+
+
+def test_natural_clients_are_owners_and_hold_all_of_theirs() -> None:
+    spec = PartitionSpec("natural", 12, test_examples=50, calibration_examples=20)
+    partition = partition_examples(TENS, TENS_SPLIT, spec, OWNERS)
+    assert sorted(partition.owners) == list(range(12))
+    held_out = np.concatenate([partition.global_test, partition.calibration])
+    for owner, client in zip(partition.owners, partition.clients, strict=True):
+        everything = np.concatenate([client.train, client.test])
+        expected = np.setdiff1d(np.flatnonzero((owner == OWNERS) & (TENS_SPLIT == 0)), held_out)
+        np.testing.assert_array_equal(np.sort(everything), expected)
+
+
+def test_fewer_natural_clients_are_the_first_in_an_order_drawn_from_the_seed() -> None:
+    spec = PartitionSpec("natural", 12, test_examples=50)
+    whole = partition_examples(TENS, None, spec, OWNERS)
+    fewer = partition_examples(TENS, None, dataclasses.replace(spec, num_clients=5), OWNERS)
+    assert fewer.owners == whole.owners[:5]
+    for one, other in zip(fewer.clients, whole.clients, strict=False):
+        np.testing.assert_array_equal(one.train, other.train)
+    other_seed = partition_examples(TENS, None, dataclasses.replace(spec, seed=1), OWNERS)
+    assert whole.owners != other_seed.owners != tuple(range(12))
+
+
+def test_owners_with_too_few_examples_take_no_part() -> None:
+    owners = np.zeros(TENS.size, int)
+    owners[:40:20], owners[50:350] = 1, 2
+    spec = PartitionSpec("natural", 2, min_examples=3, test_examples=1)
+    assert sorted(partition_examples(TENS, None, spec, owners).owners) == [0, 2]
+    with pytest.raises(DatasetError) as caught:
+        partition_examples(TENS, None, dataclasses.replace(spec, num_clients=3), owners)
+    message = str(caught.value)
+    assert "'num_clients' is 3: there are 2 ids with at least min_examples=3" in message
+    assert "set fleet.num_clients to at most 2, or lower min_examples: 3 ids have any" in message
+
+
+@pytest.mark.parametrize(
+    ("owners", "changes", "message"),
+    [
+        (None, {}, "'kind' is 'natural': the source states no ids"),
+        (OWNERS[:-1], {}, "owners must be one integer per label"),
+        (OWNERS, {"num_clients": 13}, "'num_clients' is 13: there are 12 ids .* at most 12$"),
+        (OWNERS, {"test_examples": None}, "'test_examples' is None: the source has no official test part"),
+    ],
+)
+def test_impossible_natural_partition_is_refused(owners: np.ndarray | None, changes: dict, message: str) -> None:
+    spec = PartitionSpec(**{"kind": "natural", "num_clients": 4, "test_examples": 20, **changes})
+    with pytest.raises(DatasetError, match=message):
+        partition_examples(TENS, None, spec, owners)
+
+
+def test_no_number_of_test_examples_takes_the_whole_official_part() -> None:
+    partition = partition_examples(TENS, TENS_SPLIT, PartitionSpec("iid", 3, test_examples=None))
+    np.testing.assert_array_equal(np.sort(partition.global_test), np.flatnonzero(TENS_SPLIT))
+
+
+DIGESTS = {
+    "iid": "ff69df01fe12d938",
+    "dirichlet": "ffed33f2533fc20e",
+    "pathological": "a853ff4528299c58",
+}
+
+
+@pytest.mark.parametrize("kind", DIGESTS)
+def test_partitions_stay_what_they_were(kind: str) -> None:
+    """A digest of every index, so that a published figure can be had again."""
+    spec = PartitionSpec(kind, 4, alpha=1.0, test_examples=50, calibration_examples=10, seed=3)
+    digest = hashlib.sha256()
+    for indices in all_sets(partition_examples(TENS, TENS_SPLIT, spec)):
+        digest.update(indices.astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == DIGESTS[kind]
+
+
 SPEC = PartitionSpec("dirichlet", 3, alpha=1.0, test_examples=20, calibration_examples=10)
 
 
@@ -331,6 +406,19 @@ def test_cache_tells_specs_labels_and_splits_apart(tmp_path: Path) -> None:
     assert differs(first, load_partition(image_set(TENS[::-1]), SPEC, tmp_path))
     assert differs(first, load_partition(image_set(split=TENS_SPLIT), SPEC, tmp_path))
     assert len([path for path in tmp_path.iterdir() if path.suffix == ".npz" and path.name[0] != "."]) == 4
+
+
+def test_cache_tells_owners_apart(tmp_path: Path) -> None:
+    spec = PartitionSpec("natural", 3, test_examples=20)
+    sets = [
+        dataclasses.replace(image_set(), owner_names=tuple("abcdefghijkl"), owners=owners)
+        for owners in (OWNERS, OWNERS[::-1].copy())
+    ]
+    first, second = (load_partition(each, spec, tmp_path) for each in sets)
+    assert differs(first, second)
+    again = load_partition(sets[0], spec, tmp_path)
+    assert_same(again, first)
+    assert again.owners == first.owners == partition_examples(TENS, None, spec, OWNERS).owners
 
 
 def drop_an_array(path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedofa.data import decoders
+from fedofa.data.readers import cifar10
+from fedofa.data.readers.base import Decoded, Source
 from fedofa.data.sources import ImageSet, load_source
 from fedofa.types.errors import DatasetError
 
@@ -111,20 +112,20 @@ def test_statistics_do_not_depend_on_the_chunk(
     write_pack: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_source("cifar10", write_pack(), tmp_path / "whole")
-    monkeypatch.setattr("fedofa.data.sources._CHUNK_PIXELS", 5 * 64)
+    monkeypatch.setattr("fedofa.data.statistics._CHUNK_VALUES", 5 * 64)
     chunked = load_source("cifar10", write_pack(), tmp_path / "chunked")
     assert (chunked.mean, chunked.std) == (whole.mean, whole.std)
 
 
 def test_std_of_a_constant_channel_is_one_grey_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = decoders.Decoded(
+    flat = Decoded(
         class_names=("only",),
         labels=np.zeros(2, dtype=np.int64),
         split=None,
         image_shape=(1, 2, 2),
         images=np.full((2, 1, 2, 2), 51, dtype=np.uint8),
     )
-    monkeypatch.setattr("fedofa.data.sources.SOURCES", {"flat": lambda path: decoders.Source("1", lambda: flat)})
+    monkeypatch.setattr("fedofa.data.sources.SOURCES", {"flat": lambda path: Source("1", lambda: flat)})
     images = load_source("flat", None, tmp_path)
     assert images.mean == pytest.approx((0.2,))
     assert images.std == pytest.approx((1 / 255,))
@@ -136,10 +137,10 @@ def test_second_load_does_not_decode(
     path = write_pack()
     first = load_source("cifar10", path, tmp_path / "cache")
 
-    def refuse(path: Path) -> decoders.Decoded:
+    def refuse(path: Path) -> Decoded:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(decoders, "decode_jpeg_pack", refuse)
+    monkeypatch.setattr(cifar10, "decode_jpeg_pack", refuse)
     assert_same(load_source("cifar10", path, tmp_path / "cache"), first)
 
 
@@ -203,7 +204,7 @@ def test_two_processes_race_for_one_cache(write_pack: Callable[..., Path], tmp_p
 
 
 def test_unknown_source_lists_the_known_and_the_closest(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"'mnist': .*cifar10, mnist5k; did you mean 'mnist5k'"):
+    with pytest.raises(DatasetError, match=r"'mnist': .*folder, har, hf, mnist5k; did you mean 'mnist5k'"):
         load_source("mnist", None, tmp_path)
     with pytest.raises(DatasetError, match=r"mnist5k$"):
         load_source("zzz", None, tmp_path)
@@ -259,7 +260,7 @@ def test_pack_without_a_key_names_it(write_pack: Callable[..., Path], tmp_path: 
         ({"offset": np.arange(5)}, "one entry more"),
         ({"offset": np.arange(13)}, "offset must rise from 0"),
         ({"jpeg": np.zeros(40, np.int64)}, "row of uint8"),
-        ({"jpeg": np.zeros(12, np.uint8), "offset": np.arange(13)}, "image 0 of .* is not a readable JPEG"),
+        ({"jpeg": np.zeros(12, np.uint8), "offset": np.arange(13)}, "image 0 of .* is not a readable image"),
         ({"name": np.array(["cat", None, 3], dtype=object)}, "not a readable"),
     ],
 )

@@ -39,3 +39,14 @@ def test_a_constant_image_stays_constant():
 def test_the_right_size_is_left_alone_and_slices_are_taken():
     square = IMAGES[:, :, 1:11]
     assert torch.equal(prepare_inputs(square, MEAN, STD, 10), prepare_inputs(square, MEAN, STD))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_measurements_are_taken_as_they_are_and_normalised_per_channel_or_row(by_row):
+    values = np.random.default_rng(1).normal(3.0, 2.0, (4, 2, 3, 5)).astype(np.float32)
+    mean = np.arange(6.0) if by_row else np.arange(2.0)
+    std = mean + 0.5
+    shape = (2, 3, 1) if by_row else (2, 1, 1)
+    found = prepare_inputs(values, mean.tolist(), std.tolist())
+    np.testing.assert_allclose(found.numpy(), (values - mean.reshape(shape)) / std.reshape(shape), rtol=1e-5, atol=1e-6)
+    assert prepare_inputs(values, mean.tolist(), std.tolist(), 8).shape == (4, 2, 8, 8)

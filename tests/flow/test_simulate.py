@@ -208,7 +208,7 @@ def test_batch_norm_half_precision_wire_and_frozen_plans_run_end_to_end(simulate
     [
         ("rouns=3", "rouns: unknown setting; did you mean 'rounds'?"),
         ("rounds=abc", "rounds: Value 'abc' of type 'str' could not be converted to Integer"),
-        ("data=mnist", "data/mnist: no such option; available: cifar10, mnist5k"),
+        ("data=mnist", "data/mnist: no such option; available: cifar10, fashion_mnist, folder, har, hf, mnist5k"),
         ("finetune.plans=[fll]", "unknown plan 'fll'; known: full"),
         ("fleet.clients_per_round=13", "expected at most fleet.num_clients (12), found 13"),
         ("supernet.norm=batch", "data.calibration_examples: expected at least 1"),
