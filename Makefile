@@ -29,7 +29,7 @@ lint: .venv/.installed-dev
 
 # `ofa` is a test peer: without its dependencies, since torchvision does not belong here.
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[simulation,dev]'
+	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps ofa
 	touch $@
 
