@@ -51,6 +51,7 @@ class FleetConf:
     round_seconds: float = MISSING  # a device's budget for download, training and upload in one round
     max_in_flight: int = MISSING  # clients out at a time; bounds the server's memory
     reply_seconds: float = MISSING  # real time after which a silent client is given up
+    join_seconds: float = MISSING  # how long a run waits for num_clients clients; it goes on with those that are there
     classes: dict[str, DeviceClassConf] = MISSING
 
 
@@ -133,8 +134,9 @@ class AggregationConf:
 class RuntimeConf:
     """What runs the clients."""
 
-    name: str = MISSING  # "in_process"
-    num_workers: int = MISSING  # 0: one a core
+    name: str = MISSING  # "in_process" | "superlink"
+    num_workers: int = 0  # of the in-process runtime; 0: one a core
+    port: int = 0  # of the SuperLink, on 127.0.0.1; 0: a free one
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The command line: `fedofa simulate` runs the main job on this machine."""
+"""The command line: `fedofa simulate` runs a federation on this machine, in process or on a SuperLink."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from conf.schema import SimulateConf
 
 USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
 
@@ -18,17 +22,6 @@ commands:
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
 of a file under conf/."""
-
-
-# Read when numpy, torch and flwr are first imported. The workers keep every core busy: more threads in this process
-# would only make its short tasks wait for each other.
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,27 +58,37 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 
 def simulate(overrides: Sequence[str]) -> None:
-    """Run the ServerApp in this process and the ClientApp in worker processes."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ[name] = value
-    from conf.compose import compose_conf, encode_conf
+    """Run the ServerApp and the ClientApp on the runtime that the settings name."""
+    from server.environment import ONE_THREAD, QUIET_FLOWER
+
+    os.environ.update({**ONE_THREAD, **QUIET_FLOWER})
+    from conf.compose import compose_conf
 
     conf = compose_conf(overrides)
+    from fedofa.types.errors import ConfigError
+    from server.federation import build_parts
+    from server.results import print_results
+    from server.superlink import run_on_superlink
+
+    runtimes = {"in_process": _run_in_process, "superlink": run_on_superlink}
+    if conf.runtime.name not in runtimes:
+        raise ConfigError(f"runtime.name: expected one of {sorted(runtimes)}, found {conf.runtime.name!r}")
+    build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
+    runtimes[conf.runtime.name](conf)
+    print_results(Path(conf.output_dir))
+
+
+def _run_in_process(conf: SimulateConf) -> None:
+    """The ServerApp in this process, the ClientApp in worker processes."""
     from flwr.app import Context, RecordDict
     from flwr.app.user_config import UserConfig
 
-    from fedofa.types.errors import ConfigError
-    from server.federation import build_parts
+    from conf.compose import encode_conf
     from server.grid import InProcessGrid, available_cores
-    from server.results import print_results
     from server.server_app import app
 
-    if conf.runtime.name != "in_process":
-        raise ConfigError(f"runtime.name: expected 'in_process', found {conf.runtime.name!r}")
-    build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
     run_config: UserConfig = {"config": encode_conf(conf)}
     workers = conf.runtime.num_workers or available_cores()
     with InProcessGrid(num_nodes=conf.fleet.num_clients, run_config=run_config, num_workers=workers) as grid:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
         app(grid, context)
-    print_results(Path(conf.output_dir))

@@ -58,6 +58,8 @@ class Parts:
             round_seconds=conf.fleet.round_seconds,
             max_in_flight=conf.fleet.max_in_flight,
             reply_seconds=conf.fleet.reply_seconds,
+            num_clients=conf.fleet.num_clients,
+            join_seconds=conf.fleet.join_seconds,
             evaluate_every=conf.evaluation.every,
             float_dtype=conf.aggregation.float_dtype,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
@@ -136,6 +138,7 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings["rounds"] = conf.rounds  # the learning rate of every round depends on how many there are
     settings["fleet"].pop("max_in_flight")
     settings["fleet"].pop("reply_seconds")
+    settings["fleet"].pop("join_seconds")
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
     settings["uniform"] = uniform
@@ -182,6 +185,8 @@ def _check(conf: SimulateConf) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name}: expected a positive number, found {value!r}")
+    if not conf.fleet.join_seconds >= 0:
+        raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
     if conf.seed < 0:
         raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
     if conf.fleet.clients_per_round > MAX_DELTAS:

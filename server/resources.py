@@ -36,7 +36,7 @@ def tree_usage() -> tuple[float, int]:
         times = os.times()
         return sum(times[:4]), 0
     seconds, peak = 0.0, 0
-    for pid in _descendants(os.getpid()):
+    for pid in descendants(os.getpid()):
         try:
             fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
             status = (proc / str(pid) / "status").read_text()
@@ -47,8 +47,8 @@ def tree_usage() -> tuple[float, int]:
     return seconds, peak
 
 
-def _descendants(root: int) -> list[int]:
-    """A process and all its descendants."""
+def descendants(root: int) -> list[int]:
+    """The ids of a process and of all its descendants, as far as they live (Linux; elsewhere the process alone)."""
     found, todo = [], [root]
     while todo:
         pid = todo.pop()

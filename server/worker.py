@@ -43,6 +43,7 @@ from server.carrier import (
     receive_parcel,
     send_parcel,
 )
+from server.environment import ONE_THREAD
 
 FIRST_NODE_ID = 1_000_000_000
 """Flower node id of partition 0: far from any partition id, so that neither passes for the other."""
@@ -60,9 +61,7 @@ _PRELOADED = ("torch", "torch._dynamo")
 # One thread per worker; with more, numpy and torch would start threads while they are imported, before the forks. The
 # allocator keeps what a task frees for the next one, instead of returning pages and faulting them in again.
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
+    **ONE_THREAD,
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
