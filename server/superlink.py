@@ -1,7 +1,7 @@
 """A SuperLink and its SuperNodes as processes of this machine, on 127.0.0.1 only, and runs on them.
 
-Everything is done with Flower's own commands (`flower-superlink`, `flower-supernode`, `flwr run`, `log` and `ls`) under a
-Flower home of its own, which goes with the federation: the user's `~/.flwr` is neither read nor written.
+Everything is done with Flower's own commands (`flower-superlink`, `flower-supernode`, `flwr run`, `log` and `ls`) under
+a Flower home of its own, which goes with the federation: the user's `~/.flwr` is neither read nor written.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ class LoopbackFederation:
         except ValueError:
             answer = {"error-message": " ".join(text.split()) or "no answer"}
         if not answer.get("success"):
-            reason = _ANSI.sub("", str(answer.get("error-message"))).strip()
+            said = str(answer.get("error-message")).splitlines()
+            reason = " ".join(_ANSI.sub("", line).strip() for line in said if line and not _FLOWER_LINE.match(line))
             ended = self._superlink.poll()
             if ended is not None:
                 reason = f"the SuperLink ended with status {ended}: {self._superlink.tail()}"
