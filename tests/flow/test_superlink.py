@@ -1,5 +1,6 @@
 """Whole federations on a real SuperLink: the result of the in-process runtime, failures, errors, and nothing left."""
 
+import io
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
 from hostile_nodes_app import KINDS
 
 import server.strategy as strategy_module
@@ -166,7 +169,7 @@ def kill_supernode(federation: LoopbackFederation, name: str, marks: Path) -> No
 def test_on_a_superlink_a_misbehaving_client_costs_only_itself(overrides, tmp_path, monkeypatch):
     count = len(KINDS) + 1
     small = ("rounds=1", f"fleet.num_clients={count}", f"fleet.clients_per_round={count}", *PRESENT, *QUICK)
-    patience = ("fleet.max_in_flight=20", "fleet.reply_seconds=100", "fleet.join_seconds=120")
+    patience = ("fleet.max_in_flight=6", "fleet.reply_seconds=100", "fleet.join_seconds=120")
     marks = tmp_path / "marks"
     marks.mkdir()
     monkeypatch.setenv("FEDOFA_TEST_MARKS", str(marks))
@@ -210,6 +213,26 @@ def test_errors_on_a_superlink_are_one_clear_line(overrides, tmp_path):
         assert not said
         with pytest.raises(SuperLinkError, match=r"^`flwr run` failed: .*Invalid run configuration.$"):
             federation.run(app_folder(), {"surprise": "1"}, said.append)
+
+
+def test_the_packed_app_is_all_that_a_node_needs():
+    root = app_folder()
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(root))) as packed:
+        names = set(packed.namelist())
+    code = [path for package in ("fedofa", "clients", "server", "conf") for path in (root / package).rglob("*.py")]
+    settings = list((root / "conf").rglob("*.yaml"))
+    assert len(settings) > 10
+    expected = {path.relative_to(root).as_posix() for path in (*code, *settings)}
+    assert names == expected | {"pyproject.toml", ".info/CONTENT"}
+
+
+def test_clients_that_do_not_join_are_counted_and_the_others_go_on(overrides, tmp_path):
+    conf = compose_conf(overrides(tmp_path / "run", "fleet.join_seconds=0"))
+    strategy = build_parts(conf).strategy(tmp_path / "run")
+    with InProcessGrid(num_nodes=10, run_config={"config": encode_conf(conf)}, num_workers=1) as grid:
+        clients, refused = strategy.enrol(grid)
+    assert len(clients) == 10
+    assert refused == {"2 of 12 clients": "did not join within 0 s"}
 
 
 def test_a_taken_port_is_one_clear_line(overrides, tmp_path, capsys):
