@@ -1,14 +1,22 @@
-# The two commands: `make simulate` runs the main job, `make test` the tests. Each builds .venv when it is missing or stale.
+# `make simulate` runs the main job, `make federation` a small one on a real SuperLink, `make test` the tests. Each builds
+# .venv when it is missing or stale.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: simulate test lint clean
+.PHONY: simulate federation test lint clean
 
 simulate: .venv/.installed
 	$(BIN)/fedofa simulate $(ARGS)
+
+# One SuperLink and three SuperNodes, processes of this machine on 127.0.0.1; a hundred digits for each client.
+FEDERATION := runtime=superlink fleet.num_clients=3 fleet.clients_per_round=3 data.test_examples=4700 rounds=3 \
+	evaluation.every=1 evaluation.comparison=false output_dir=runs/federation
+
+federation: .venv/.installed
+	$(BIN)/fedofa simulate $(FEDERATION) $(ARGS)
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -89,6 +89,7 @@ class FleetConf:
     quorum_fraction: float = MISSING  # of a cohort's clients, whose verified deltas a round needs; one at the least
     round_attempts: int = MISSING  # tries at a round, each with other clients, before it is given up
     max_lost_rounds: int = MISSING  # rounds given up one after the other that end the run with an error
+    join_seconds: float = MISSING  # how long a run waits for num_clients clients; it goes on with those that are there
     classes: dict[str, DeviceClassConf] = MISSING
 
 
@@ -171,9 +172,10 @@ class AggregationConf:
 class RuntimeConf:
     """What runs the clients."""
 
-    name: str = MISSING  # "in_process" | "ray"
-    num_workers: int = MISSING  # 0: one a core
+    name: str = MISSING  # "in_process" | "ray" | "superlink"
+    num_workers: int = 0  # in process and of a Ray of one's own; 0: one a core
     address: str | None = None  # of a Ray cluster that is there already
+    port: int = 0  # of the SuperLink, on 127.0.0.1; 0: a free one
 
 
 @dataclass

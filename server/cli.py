@@ -1,13 +1,17 @@
-"""The command line: `fedofa simulate` runs the main job on this machine."""
+"""The command line: `fedofa simulate` runs a federation on this machine, in process or on a SuperLink."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    pass
 
 USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
 

@@ -40,7 +40,7 @@ _IN_STORE = 2
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation", "tracking")
 """Settings that a resumed run may change: they do not change what a round computes."""
 
-_PATIENCE = ("max_in_flight", "reply_seconds", "quorum_fraction", "round_attempts", "max_lost_rounds")
+_PATIENCE = ("max_in_flight", "reply_seconds", "join_seconds", "quorum_fraction", "round_attempts", "max_lost_rounds")
 """Settings of the fleet that a resumed run may change: how the server deals with clients that do not answer."""
 
 
@@ -65,6 +65,8 @@ class Parts:
             round_seconds=conf.fleet.round_seconds,
             max_in_flight=messages_in_flight(conf),
             reply_seconds=conf.fleet.reply_seconds,
+            num_clients=conf.fleet.num_clients,
+            join_seconds=conf.fleet.join_seconds,
             evaluate_every=conf.evaluation.every,
             float_dtype=conf.aggregation.float_dtype,
             quorum_fraction=conf.fleet.quorum_fraction,
@@ -212,6 +214,8 @@ def _check(conf: SimulateConf) -> None:
             raise ConfigError(f"{name}: expected a positive number, found {value!r}")
     if not 0 <= conf.fleet.quorum_fraction <= 1:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
+    if not conf.fleet.join_seconds >= 0:
+        raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
     if conf.seed < 0:
         raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
     if conf.fleet.clients_per_round > MAX_DELTAS:

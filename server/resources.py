@@ -44,7 +44,7 @@ def tree_usage() -> tuple[float, int]:
         times = os.times()
         return sum(times[:4]), 0
     seconds, peak = 0.0, 0
-    for pid in _descendants(os.getpid()):
+    for pid in descendants(os.getpid()):
         try:
             fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
             status = (proc / str(pid) / "status").read_text()
@@ -62,7 +62,7 @@ def held_bytes(root: int) -> tuple[int, int]:
     no process's resident memory unless it maps them. Linux only; `root` must live.
     """
     sizes: dict[int, int] = {}
-    pids = _descendants(root)
+    pids = descendants(root)
     _add_memory_files(root, sizes)
     own_files = sum(sizes.values())
     for pid in pids:
@@ -89,8 +89,8 @@ def _proportional_bytes(pid: int) -> int:
     return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0) * 1024
 
 
-def _descendants(root: int) -> list[int]:
-    """A process and all its descendants."""
+def descendants(root: int) -> list[int]:
+    """The ids of a process and of all its descendants, as far as they live (Linux; elsewhere the process alone)."""
     found, todo = [], [root]
     while todo:
         pid = todo.pop()

@@ -43,4 +43,14 @@ def _run_on_ray(conf: SimulateConf) -> None:
     run_on_ray(conf)
 
 
-RUNTIMES: dict[str, Callable[[SimulateConf], None]] = {"in_process": _run_in_process, "ray": _run_on_ray}
+def _run_on_superlink(conf: SimulateConf) -> None:
+    from server.superlink import run_on_superlink
+
+    run_on_superlink(conf)
+
+
+RUNTIMES: dict[str, Callable[[SimulateConf], None]] = {
+    "in_process": _run_in_process,
+    "ray": _run_on_ray,
+    "superlink": _run_on_superlink,
+}

@@ -34,7 +34,7 @@ from server.fleet import Assignment, ClientInfo, FleetPlan, distinct_clients, dr
 from server.resources import Stopwatch
 from server.rounds import Attempt, RoundLog, RoundRecord
 from server.scoring import Scorer
-from server.stream import stream_replies
+from server.stream import await_nodes, stream_replies
 
 _COHORT_STREAM = 2
 """Tells the cohort's random numbers from others that are drawn from the same seed."""
@@ -58,6 +58,8 @@ class FederationSettings:
     round_seconds: float
     max_in_flight: int
     reply_seconds: float
+    num_clients: int
+    join_seconds: float
     evaluate_every: int
     float_dtype: str
     decay_rounds: int = 0  # the clients' learning rate falls along a cosine over so many rounds; 0: it is constant
@@ -157,9 +159,16 @@ class FedOFA(Strategy):
         return result
 
     def enrol(self, grid: Grid) -> tuple[list[ClientInfo], dict[str, str]]:
-        """Ask every node who it is: the clients by id, and of the others why they take no part."""
-        questions = (Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids())
+        """Ask every node who it is: the clients by id, and of the others why they take no part.
+
+        Waits for the expected number of nodes, and then goes on with those that joined.
+        """
+        expected, seconds = self.settings.num_clients, self.settings.join_seconds
+        nodes = await_nodes(grid, expected, seconds)
         clients, refused = [], {}
+        if len(nodes) < expected:
+            refused[f"{expected - len(nodes)} of {expected} clients"] = f"did not join within {seconds:g} s"
+        questions = (Message(RecordDict(), node, MessageType.QUERY) for node in nodes)
         for answer in self._exchange(grid, questions):
             try:
                 clients.append(_client_info(answer))

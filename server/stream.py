@@ -11,9 +11,29 @@ from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-_IDLE_SECONDS = 0.05
+from fedofa.types.errors import ConfigError
+
 _MAX_REASON = 400
 """Characters that are kept of a failure's reason: some runtimes send whole tracebacks."""
+_IDLE_SECONDS = 0.1
+"""Between two looks at a grid that answers at once and has nothing; on a SuperLink each look is a request over HTTP."""
+
+
+def await_nodes(grid: Grid, expected: int, join_seconds: float) -> list[int]:
+    """The ids of the grid's nodes as soon as `expected` of them are there, or after `join_seconds` those that are.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    deadline = time.monotonic() + join_seconds
+    while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(_IDLE_SECONDS)
+    if not nodes:
+        raise ConfigError(
+            f"no client joined within {join_seconds:g} s, {expected} were expected (fleet.num_clients); "
+            "look whether their nodes run and reach the server, or wait longer with fleet.join_seconds"
+        )
+    return nodes
 
 
 def stream_replies(
@@ -41,7 +61,10 @@ def stream_replies(
                 exhausted = True
             else:
                 message.metadata.ttl = reply_seconds
-                (message_id,) = grid.push_messages([message])
+                message_id = next(iter(grid.push_messages([message])), None)
+                if message_id is None:  # how Flower's own grids say it
+                    yield _failure(message, ErrorCode.NODE_UNAVAILABLE, "the message could not be sent to its node")
+                    continue
                 out[message_id] = (_without_content(message), time.monotonic() + patience)
         if not out:
             return

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from server.resources import _descendants
+from server.resources import descendants
 
 
 def lines(output_dir: Path) -> list[dict]:
@@ -118,7 +118,7 @@ def test_killed_and_resumed_equals_never_killed(simulate, overrides, tmp_path, k
     process = start(overrides, output_dir, *more)
     wait_for(lambda: (watched.exists() and watched.read_text().count("\n") >= 2) or process.poll() is not None)
     assert process.poll() is None, process.stderr.read()[-2000:]
-    family = _descendants(process.pid)
+    family = descendants(process.pid)
     assert len(family) >= 3, "parent, fork server, workers"
     process.send_signal(signal.SIGKILL)
     process.wait(30)
@@ -213,7 +213,7 @@ def test_batch_norm_half_precision_wire_and_frozen_plans_run_end_to_end(simulate
         ("fleet.clients_per_round=13", "expected at most fleet.num_clients (12), found 13"),
         ("supernet.norm=batch", "data.calibration_examples: expected at least 1"),
         ("supernet.kernels=[3,4]", "kernel sizes must be odd, found [4]"),
-        ("runtime.name=rya", "runtime.name: expected 'in_process', found 'rya'"),
+        ("runtime.name=rya", "runtime.name: expected one of ['in_process', 'superlink'], found 'rya'"),
         ("partition.alpha=0", "alpha"),
     ],
 )

@@ -7,21 +7,26 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
+from fedofa.types.errors import ConfigError
 from server.carrier import assume_identity
-from server.stream import stream_replies
+from server.stream import await_nodes, stream_replies
 
 
 class ScriptedGrid:
     """Answers in batches, newest first; nodes in `silent` never, nodes in `forged` in another's name."""
 
-    def __init__(self, *, batch=2, silent=(), forged=(), failing=()):
+    def __init__(self, *, batch=2, silent=(), forged=(), failing=(), unreachable=()):
         assume_identity(1, 0)
         self.batch, self.silent, self.forged, self.failing = batch, set(silent), set(forged), set(failing)
+        self.unreachable = set(unreachable)
         self.open, self.most_open, self.counter = {}, 0, itertools.count()
 
     def push_messages(self, messages):
         ids = []
         for message in messages:
+            if message.metadata.dst_node_id in self.unreachable:
+                ids.append(None)
+                continue
             message_id = f"m{next(self.counter)}"
             message.metadata.__dict__["_message_id"] = message_id
             self.open[message_id] = message
@@ -88,6 +93,40 @@ def test_failures_are_attributed_to_the_node_that_was_asked():
     assert "no answer within 0.3 s" in replies[11].error.reason
     assert "node 999 answered" in replies[12].error.reason
     assert replies[13].error.reason == "broken"
+
+
+def test_a_message_that_cannot_be_sent_is_a_failure_of_its_node():
+    grid = ScriptedGrid(unreachable=[10, 12])
+    replies = list(stream_replies(grid, questions(4, []), max_in_flight=2, reply_seconds=60))
+    assert {reply.metadata.src_node_id for reply in replies} == {10, 11, 12, 13}
+    failed = {reply.metadata.src_node_id: reply.error.reason for reply in replies if reply.has_error()}
+    assert set(failed) == {10, 12}
+    assert all("could not be sent" in reason for reason in failed.values())
+
+
+class GatheringGrid:
+    """A grid with one more node at every look."""
+
+    def __init__(self, most: int) -> None:
+        self.nodes, self.most, self.looks = [], most, 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        if len(self.nodes) < self.most:
+            self.nodes.append(100 + len(self.nodes))
+        return list(self.nodes)
+
+
+def test_a_run_waits_for_the_nodes_that_are_to_come_and_no_longer():
+    grid = GatheringGrid(most=5)
+    assert await_nodes(grid, expected=3, join_seconds=60) == [100, 101, 102]
+    assert grid.looks == 3
+
+
+def test_a_run_goes_on_with_the_nodes_that_are_there():
+    assert await_nodes(GatheringGrid(most=2), expected=3, join_seconds=1) == [100, 101]
+    with pytest.raises(ConfigError, match=r"no client joined within 0 s, 3 were expected"):
+        await_nodes(GatheringGrid(most=0), expected=3, join_seconds=0)
 
 
 def test_no_messages_no_replies():

@@ -1,0 +1,360 @@
+"""A SuperLink and its SuperNodes as processes of this machine, on 127.0.0.1 only, and runs on them.
+
+Everything is done with Flower's own commands (`flower-superlink`, `flower-supernode`, `flwr run`, `log` and `ls`) under
+a Flower home of its own, which goes with the federation: the user's `~/.flwr` is neither read nor written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import conf as conf_package
+from conf.compose import encode_conf
+from conf.schema import SimulateConf
+from fedofa.types import errors
+from fedofa.types.errors import ConfigError, FedofaError, RuntimeUnavailableError
+from server.environment import ONE_THREAD, SILENT_FLOWER
+
+HOST = "127.0.0.1"
+MAX_NODES = 32
+"""SuperNodes that `run_on_superlink` starts: one takes about 270 MB at rest, and 300 MB more while its client works."""
+
+_CONNECTION = "loopback"
+_START_SECONDS = 120.0
+_POLL_SECONDS = 0.2
+_TAIL_LINES = 6
+_FLOWER_LINE = re.compile(r"\x1b\[\d+m(?P<level>[A-Z]+) *\x1b\[0m:|Using SuperLink: |Successfully installed ")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR_LINE = re.compile(r"fedofa\.types\.errors\.(\w+): (.*)")
+_DETAILS_PREFIX = "ServerApp failed with exception: "
+
+
+def run_on_superlink(conf: SimulateConf) -> None:
+    """Run a whole federation: one SuperLink, one SuperNode for each client, and the ServerApp that it starts.
+
+    Raises:
+        FedofaError: what the ServerApp raised, or `RuntimeUnavailableError`.
+    """
+    count = conf.fleet.num_clients
+    if count > MAX_NODES:
+        raise ConfigError(
+            f"fleet.num_clients: runtime=superlink starts a SuperNode for each client and expects at most {MAX_NODES}, "
+            f"found {count}; give fleet.num_clients=3 fleet.clients_per_round=3, or use runtime=in_process"
+        )
+    nodes = [{"partition-id": number, "num-partitions": count} for number in range(count)]
+    with LoopbackFederation(nodes, port=conf.runtime.port) as federation:
+        federation.run(app_folder(), {"config": encode_conf(conf)})
+
+
+def app_folder() -> Path:
+    """The checkout, from which `flwr run` packs the app.
+
+    Raises:
+        ConfigError: when the packages lie in no checkout.
+    """
+    folder = _import_root()
+    if not (folder / "pyproject.toml").is_file():
+        raise ConfigError(f"runtime=superlink: no pyproject.toml in {folder}; run it from a checkout of fedofa")
+    return folder
+
+
+def _import_root() -> Path:
+    """The folder from which this process imports the packages."""
+    return Path(next(iter(conf_package.__path__))).resolve().parent
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class LoopbackFederation:
+    """One SuperLink and its SuperNodes; a context manager whose processes end with it or with this process.
+
+    Nothing is encrypted or authenticated: every socket listens on 127.0.0.1, for processes of this machine alone.
+    """
+
+    def __init__(self, node_configs: Sequence[Mapping[str, int]], *, port: int = 0) -> None:
+        """Prepare one SuperNode for each node config.
+
+        Args:
+            node_configs: what each ClientApp finds in `Context.node_config`.
+            port: of the SuperLink; 0 takes a free one.
+        """
+        self._node_configs = list(node_configs)
+        self._wanted_port = port
+        self._supernodes: dict[str, _KeptProcess] = {}
+
+    def __enter__(self) -> Self:
+        self.port = _claim_port(self._wanted_port)
+        self._folder = tempfile.TemporaryDirectory(prefix="fedofa-superlink-")
+        self._home = Path(self._folder.name)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill every process and wait for its end; more calls do nothing."""
+        for process in (*self._supernodes.values(), *([self._superlink] if hasattr(self, "_superlink") else [])):
+            process.close()
+        self._folder.cleanup()
+
+    @property
+    def keeper_pids(self) -> dict[str, int]:
+        """Name ("superlink", "supernode 0", ...) -> id of the process whose descendants are that part."""
+        return {"superlink": self._superlink.pid} | {name: item.pid for name, item in self._supernodes.items()}
+
+    def _start(self) -> None:
+        connection = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
+        connection += f'address = "{HOST}:{self.port}"\ninsecure = true\n'
+        (self._home / "config.toml").write_text(connection)
+        self._environment = _environment(self._home)
+        serve = ["--insecure", "--host", HOST, "--port"]
+        command = ["flower-superlink", *serve, str(self.port), "--disable-runtime-dependency-installation"]
+        self._superlink = self._launch("superlink", command)
+        self._await_superlink()
+        for number, config in enumerate(self._node_configs):
+            values = " ".join(f"{key}={value}" for key, value in config.items())
+            join = ["--superlink", f"{HOST}:{self.port}", "--node-config", values]
+            name = f"supernode {number}"
+            command = ["flower-supernode", *serve, str(_claim_port(0)), *join]
+            self._supernodes[name] = self._launch(name, command)
+
+    def _launch(self, name: str, command: Sequence[str], output: int | IO[bytes] | None = None) -> _KeptProcess:
+        return _KeptProcess(command, self._home / f"{name}.log", self._environment, output)
+
+    def _await_superlink(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(f"http://{HOST}:{self.port}/health"):
+            status = self._superlink.poll()
+            if status is not None:
+                raise RuntimeUnavailableError(
+                    f"the SuperLink ended at its start with status {status}: {self._superlink.tail()}"
+                )
+            if time.monotonic() > deadline:
+                raise RuntimeUnavailableError(f"no SuperLink within {_START_SECONDS:g} s: {self._superlink.tail()}")
+            time.sleep(_POLL_SECONDS)
+
+    def run(self, app_dir: Path, run_config: Mapping[str, str], report: Callable[[str], None] = _report) -> None:
+        """Submit a Flower app and wait until its ServerApp has ended.
+
+        Args:
+            app_dir: a folder whose `pyproject.toml` has `[tool.flwr.app]`; what it includes is what every node runs.
+            run_config: overrides of `[tool.flwr.app.config]`.
+            report: is given each line that the ServerApp prints, and a line for each SuperNode that ends.
+
+        Raises:
+            FedofaError: the one that the ServerApp raised.
+            RuntimeUnavailableError: the app is refused, the ServerApp raised anything else, or the SuperLink ended.
+        """
+        settings = self._home / "run.toml"
+        # JSON strings are strings of TOML too
+        settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
+        submission = ["flwr", "run", str(app_dir), _CONNECTION, "--run-config", str(settings), "--format", "json"]
+        run_id = str(self._ask(submission)["run-id"])
+        tail = self._follow(run_id, report)
+        outcome = self._ask(["flwr", "ls", _CONNECTION, "--run-id", run_id, "--format", "json"])["runs"][0]
+        if outcome["status"] != "finished:completed":
+            error = _failure(outcome["status"], str(outcome["status-details"]), tail)
+            if isinstance(error, RuntimeUnavailableError):
+                for line in tail:
+                    report(line)
+            raise error
+
+    def _ask(self, command: Sequence[str]) -> dict[str, Any]:
+        """The answer of one of Flower's commands.
+
+        Raises:
+            RuntimeUnavailableError: with its reason for failing.
+        """
+        process = self._launch("command", command, subprocess.PIPE)
+        with process.stdout as output:
+            text = output.read().decode(errors="replace")
+        process.close()
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = {"error-message": " ".join(text.split()) or "no answer"}
+        if not answer.get("success"):
+            said = str(answer.get("error-message")).splitlines()
+            reason = " ".join(_ANSI.sub("", line).strip() for line in said if line and not _FLOWER_LINE.match(line))
+            ended = self._superlink.poll()
+            if ended is not None:
+                reason = f"the SuperLink ended with status {ended}: {self._superlink.tail()}"
+            raise RuntimeUnavailableError(f"`{' '.join(command[:2])}` failed: {reason}")
+        return answer
+
+    def _follow(self, run_id: str, report: Callable[[str], None]) -> list[str]:
+        """Pass the ServerApp's lines on while it runs; returns what it printed from its failure on, without colours."""
+        process = self._launch("log", ["flwr", "log", run_id, _CONNECTION, "--stream"], subprocess.PIPE)
+        gone: set[str] = set()
+        failed: list[str] = []
+        buffer = b""
+        with process.stdout as output:
+            os.set_blocking(output.fileno(), False)
+            while True:
+                chunk = output.read()
+                if chunk == b"":
+                    break
+                if chunk is None:
+                    self._watch(gone, report)
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for line in (item.decode(errors="replace").rstrip() for item in lines):
+                    ours = _FLOWER_LINE.match(line)
+                    if failed or (ours and ours["level"] == "ERROR"):
+                        failed.append(_ANSI.sub("", line))
+                    elif line and not ours:
+                        report(line)
+        process.close()
+        return failed
+
+    def _watch(self, gone: set[str], report: Callable[[str], None]) -> None:
+        """Say once of every SuperNode that it ended; the others go on.
+
+        Raises:
+            RuntimeUnavailableError: when the SuperLink ended, without which nothing goes on.
+        """
+        status = self._superlink.poll()
+        if status is not None:
+            raise RuntimeUnavailableError(
+                f"the SuperLink ended in the middle of the run with status {status}: {self._superlink.tail()}; "
+                "go on with the same command and resume=true"
+            )
+        for name, process in self._supernodes.items():
+            status = process.poll()
+            if status is not None and name not in gone:
+                gone.add(name)
+                report(f"{name} ended with status {status}: {process.tail(1)}")
+
+
+class _KeptProcess:
+    """A command under its keeper (`server.keeper`): all that comes of it ends with this object or this process."""
+
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], output: int | IO[bytes] | None
+    ) -> None:
+        program = shutil.which(command[0], path=environment["PATH"])
+        if program is None:
+            raise RuntimeUnavailableError(f"the command {command[0]!r} is missing; install flwr into this environment")
+        self._log = log
+        lifeline, self._lifeline = os.pipe()
+        keeper = [sys.executable, "-P", "-m", "server.keeper", str(lifeline), program, *command[1:]]
+        try:
+            with log.open("wb") as file:
+                self._process = subprocess.Popen(
+                    keeper,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file if output is None else output,
+                    stderr=file,
+                    pass_fds=[lifeline],
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for this process alone, which then ends them
+                )
+        except BaseException:
+            os.close(self._lifeline)
+            raise
+        finally:
+            os.close(lifeline)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        if self._process.stdout is None:
+            raise RuntimeUnavailableError("the output of this process goes to its log")
+        return self._process.stdout
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._process.poll()
+
+    def tail(self, num_lines: int = _TAIL_LINES) -> str:
+        """The last lines of its log as one line."""
+        lines = [" ".join(_ANSI.sub("", line).split()) for line in self._log.read_text(errors="replace").splitlines()]
+        return " | ".join([line for line in lines if line][-num_lines:]) or "it printed nothing"
+
+    def close(self) -> None:
+        """Kill it with all that came of it and wait; more calls do nothing."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+        self._process.wait()
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """This process's environment, for Flower's commands: one thread each, quiet, nothing but loopback, our packages."""
+    inherited = [str(Path(entry).resolve()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return {
+        **os.environ,
+        **ONE_THREAD,
+        **SILENT_FLOWER,
+        "FLWR_HOME": str(home),
+        "NO_PROXY": HOST,
+        "no_proxy": HOST,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join([str(_import_root()), *inherited]),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+    }
+
+
+def _claim_port(wanted: int) -> int:
+    """A port of 127.0.0.1 that nobody listens on: the wanted one, or any for 0.
+
+    Raises:
+        ConfigError: when the wanted one is taken or no port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, wanted))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"runtime.port: {HOST}:{wanted} cannot be used: {error}; choose another port, or 0 for any free one"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as response:
+            return response.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _failure(status: str, details: str, tail: Sequence[str]) -> FedofaError:
+    """The error of a run that failed: the ServerApp's own where it is one of ours."""
+    reason = details.removeprefix(_DETAILS_PREFIX)
+    for line in reversed(tail):
+        match = _ERROR_LINE.match(line)
+        kind = getattr(errors, match[1], None) if match else None
+        if match and isinstance(kind, type) and issubclass(kind, FedofaError):
+            return kind(reason if reason.startswith(match[2]) else match[2])
+    return RuntimeUnavailableError(f"the run ended as {status}: {reason}")
