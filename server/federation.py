@@ -26,6 +26,7 @@ from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
+from server.planning import Planner
 from server.resources import available_cores
 from server.rounds import RoundLog
 from server.scoring import Scorer
@@ -62,7 +63,6 @@ class Parts:
         settings = FederationSettings(
             seed=conf.seed,
             clients_per_round=conf.fleet.clients_per_round,
-            round_seconds=conf.fleet.round_seconds,
             max_in_flight=messages_in_flight(conf),
             reply_seconds=conf.fleet.reply_seconds,
             num_clients=conf.fleet.num_clients,
@@ -78,8 +78,7 @@ class Parts:
         return FedOFA(
             supernet=self.supernet,
             state=self.supernet.state(),
-            search=self.search,
-            training=self.training,
+            planner=Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype),
             optimiser=self.optimiser,
             scorer=self.scorer,
             settings=settings,

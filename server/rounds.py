@@ -96,6 +96,17 @@ class RoundRecord:
         examples = sum(count for _, count in losses)
         return sum(loss * count for loss, count in losses) / examples if examples else None
 
+    def lament(self, lost: int) -> str:
+        """Why a run ends whose clients do not answer: this is the last of `lost` rounds that were given up in a row."""
+        attempt = self.current
+        reasons = [f"{name}: {why}" for name, why in sorted(attempt.failures.items())[:3]]
+        return (
+            f"{lost} rounds in a row were given up, the last one round {self.round}: of {len(attempt.cohort)} clients "
+            f"{attempt.verified} gave a usable answer, expected {attempt.quorum} (fleet.quorum_fraction); "
+            f"{'; '.join(reasons or ['no client was available'])}. The weights are those of the last complete round; "
+            "go on with resume=true when clients answer again"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The round's line in `rounds.jsonl`."""
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,22 +14,22 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from clients.records import message_facts, message_metrics, packed_buffer, packed_content
+from clients.records import message_metrics, packed_buffer, packed_content
 from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import ServerOptimiser
-from fedofa.device.cost import LocalWork
 from fedofa.evaluation.metrics import Score
 from fedofa.finetune.trainer import LocalTraining
-from fedofa.search.fit import Budgets, Fit, FitSearch, capacity
+from fedofa.search.fit import Fit, capacity
 from fedofa.supernet.base import Supernet
-from fedofa.types.device import DeviceProfile
-from fedofa.types.errors import CheckpointError, ConfigError, DeltaError, FoldError, QuorumError, WireError
+from fedofa.types.errors import CheckpointError, DeltaError, FoldError, QuorumError, WireError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 from fedofa.update.exchange import ClientTask, decode_delta, encode_task
 from fedofa.update.verification import Expectation, verify_delta
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
-from server.fleet import Assignment, ClientInfo, FleetPlan, distinct_clients, draw_cohort, plan_fleet, plan_uniform
+from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
+from server.introductions import enrolled
+from server.planning import Planner
 from server.resources import Stopwatch
 from server.rounds import Attempt, RoundLog, RoundRecord
 from server.scoring import Scorer
@@ -39,11 +38,6 @@ from server.stream import await_nodes, stream_replies
 _COHORT_STREAM = 2
 """Tells the cohort's random numbers from others that are drawn from the same seed."""
 
-MAX_EXAMPLES = 10**7
-"""Examples that a client may state; those for training are its weight in the fold."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,63}")
-_RESERVED = ("largest", "smallest", "uniform")
-"""Names of watched subnets, which no device class may take."""
 _MAX_LOSS = 1e6
 _FINAL_RATE = 0.01
 """Share of the learning rate that is left in the last round of a decay."""
@@ -55,7 +49,6 @@ class FederationSettings:
 
     seed: int
     clients_per_round: int
-    round_seconds: float
     max_in_flight: int
     reply_seconds: float
     num_clients: int
@@ -92,8 +85,7 @@ class FedOFA(Strategy):
     Args:
         supernet: for structure and slice maps; the weights are in the state.
         state: the shared state to start from; afterwards the current one.
-        search: finds the best subnet for a device.
-        training: the clients' recipe.
+        planner: decides who trains what.
         optimiser: the server's step after the fold.
         scorer: measures subnets on the server.
         settings: how the federation runs.
@@ -104,8 +96,7 @@ class FedOFA(Strategy):
 
     supernet: Supernet
     state: SharedState
-    search: FitSearch
-    training: LocalTraining
+    planner: Planner
     optimiser: ServerOptimiser
     scorer: Scorer
     settings: FederationSettings
@@ -139,7 +130,7 @@ class FedOFA(Strategy):
         result = Result()
         if isinstance(grid, KeepsClientStates) and not self.done:
             grid.import_states({})
-        self.plan = self._plan(*self.enrol(grid))
+        self.plan = self.planner.plan(*self.enrol(grid), uniform=self.settings.uniform)
         self._check_fleet()
         self.summary()
         lost = 0
@@ -153,42 +144,26 @@ class FedOFA(Strategy):
             result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
             lost = 0 if self._record.complete else lost + 1
             if lost == self.settings.max_lost_rounds:
-                raise QuorumError(_lost_rounds(self._record, lost))
+                raise QuorumError(self._record.lament(lost))
         if not self.scores:  # a run that was complete when it was resumed
             self.scores = self.scorer.score(self.state, self.subnets())
         return result
 
     def enrol(self, grid: Grid) -> tuple[list[ClientInfo], dict[str, str]]:
-        """Ask every node who it is: the clients by id, and of the others why they take no part.
-
-        Waits for the expected number of nodes, and then goes on with those that joined.
-        """
-        expected, seconds = self.settings.num_clients, self.settings.join_seconds
-        nodes = await_nodes(grid, expected, seconds)
-        clients, refused = [], {}
-        if len(nodes) < expected:
-            refused[f"{expected - len(nodes)} of {expected} clients"] = f"did not join within {seconds:g} s"
+        """The clients that introduce themselves, by id, and of the others why they take no part."""
+        nodes = await_nodes(grid, self.settings.num_clients, self.settings.join_seconds)
         questions = (Message(RecordDict(), node, MessageType.QUERY) for node in nodes)
-        for answer in self._exchange(grid, questions):
-            try:
-                clients.append(_client_info(answer))
-            except DeltaError as error:
-                refused[f"node {answer.metadata.src_node_id}"] = str(error)
-        return distinct_clients(clients, refused)
+        clients, refused = enrolled(self._exchange(grid, questions))
+        missing = self.settings.num_clients - len(nodes)
+        if missing > 0:
+            refused[f"{missing} of {self.settings.num_clients} clients"] = (
+                f"did not join within {self.settings.join_seconds:g} s"
+            )
+        return clients, refused
 
     def _exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[Message]:
         limits = {"max_in_flight": self.settings.max_in_flight, "reply_seconds": self.settings.reply_seconds}
         return stream_replies(grid, messages, **limits)
-
-    def _plan(self, clients: list[ClientInfo], refused: dict[str, str]) -> FleetPlan:
-        plan = plan_fleet(clients, self.search, self._work, self.settings.round_seconds)
-        plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
-        if not plan.assignments:
-            raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
-        if not self.settings.uniform:
-            return plan
-        weakest = plan.weakest()
-        return plan_uniform(plan, weakest, partial(self._fit_of, weakest.subnet))
 
     def _check_fleet(self) -> None:
         """Refuse to go on with another fleet: every later cohort, and so the result, would differ."""
@@ -221,7 +196,7 @@ class FedOFA(Strategy):
         """
         failed, repeats = {name for _, name, _ in self._record.failures}, len(self._record.attempts)
         entropy = [self.settings.seed, _COHORT_STREAM, server_round, *([repeats] if repeats else [])]
-        smallest = None if self.settings.uniform else partial(self._fit_of, self.supernet.space.smallest())
+        smallest = None if self.settings.uniform else partial(self.planner.fit_of, self.supernet.space.smallest())
         plan = self.plan.without(failed)
         cohort = draw_cohort(plan, self.settings.clients_per_round, smallest, np.random.default_rng(entropy))
         quorum = max(1, math.ceil(self.settings.quorum_fraction * len(cohort)))
@@ -394,65 +369,17 @@ class FedOFA(Strategy):
 
     def _training(self, server_round: int) -> LocalTraining:
         """The recipe of a round: the learning rate falls along a half cosine to a hundredth of its first value."""
+        training = self.planner.training
         if not self.settings.decay_rounds:
-            return self.training
+            return training
         done = min(1.0, (server_round - 1) / max(1, self.settings.decay_rounds - 1))
         factor = _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
-        return replace(self.training, learning_rate=self.training.learning_rate * factor)
-
-    def _work(self, num_examples: int) -> LocalWork:
-        training = self.training
-        samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
-        slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
-        slots += int(training.proximal_mu > 0)  # the received weights stay beside the trained ones
-        wire = 4 if self.settings.float_dtype == "float32" else 2
-        return LocalWork(num_examples, samples, training.batch_size, slots, wire)
-
-    def _fit_of(self, subnet: SubnetConfig, client: ClientInfo) -> Fit | None:
-        """A given subnet on a client's device; None where no plan fits."""
-        budgets = Budgets(client.profile.memory_bytes, self.settings.round_seconds)
-        work = self._work(client.num_train)
-        return self.search.fit_of(subnet, client.profile, work, budgets)
+        return replace(training, learning_rate=training.learning_rate * factor)
 
 
 def _payload_order(item: Assignment) -> tuple[float, Any, str]:
     """Equal for those who get the same payload; the largest subnets come first."""
     return -capacity(item.fit.cost), item.fit.subnet.choices, item.fit.plan.digest()
-
-
-def _client_info(answer: Message) -> ClientInfo:
-    """A client's introduction.
-
-    Raises:
-        DeltaError: saying why it is not taken.
-    """
-    if answer.has_error():
-        raise DeltaError(f"did not introduce itself: {answer.error.reason}")
-    try:
-        facts = message_facts(answer)
-        profile = DeviceProfile.from_json(facts["profile"])
-        client_id, sizes = facts["client_id"], (facts["num_train"], facts["num_test"])
-    except (WireError, ConfigError, KeyError, TypeError) as error:
-        raise DeltaError(f"its introduction is not understood: {error}") from error
-    for name in (client_id, profile.device_class):
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
-            raise DeltaError(f"{name!r:.80} is not a name for a client or a device class")
-    for size, least in zip(sizes, (1, 0), strict=True):
-        if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= MAX_EXAMPLES:
-            raise DeltaError(f"states {size!r:.80} examples; expected {least} to {MAX_EXAMPLES:,}")
-    return ClientInfo(answer.metadata.src_node_id, client_id, profile, *sizes)
-
-
-def _lost_rounds(record: RoundRecord, lost: int) -> str:
-    """Why a run ends whose clients do not answer."""
-    attempt = record.current
-    reasons = [f"{name}: {why}" for name, why in sorted(attempt.failures.items())[:3]] or ["no client was available"]
-    return (
-        f"{lost} rounds in a row were given up, the last one round {record.round}: of {len(attempt.cohort)} clients "
-        f"{attempt.verified} gave a usable answer, expected {attempt.quorum} (fleet.quorum_fraction); "
-        f"{'; '.join(reasons)}. The weights are those of the last complete round; go on with resume=true when clients "
-        "answer again"
-    )
 
 
 def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:

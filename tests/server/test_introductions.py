@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from clients.records import facts_content
 from fedofa.types.errors import DeltaError
 from server.carrier import assume_identity
-from server.strategy import MAX_EXAMPLES, _client_info
+from server.introductions import MAX_EXAMPLES, client_info
 
 PROFILE = {
     "device_class": "phone",
@@ -28,7 +28,7 @@ def answer(content) -> Message:
 
 
 def test_a_proper_introduction_is_taken():
-    info = _client_info(answer(facts_content(FACTS)))
+    info = client_info(answer(facts_content(FACTS)))
     assert (info.client_id, info.node_id, info.num_train, info.num_test) == ("client-0001", 7, 12, 0)
     assert info.profile.device_class == "phone"
 
@@ -59,7 +59,7 @@ def test_a_proper_introduction_is_taken():
 )
 def test_an_improper_introduction_is_refused_with_a_reason(change):
     with pytest.raises(DeltaError) as caught:
-        _client_info(answer(facts_content({**FACTS, **change})))
+        client_info(answer(facts_content({**FACTS, **change})))
     assert str(caught.value)
 
 
@@ -67,9 +67,9 @@ def test_an_improper_introduction_is_refused_with_a_reason(change):
 def test_what_is_no_introduction_is_refused(text):
     content = RecordDict({"facts": ConfigRecord({"json": text})})
     with pytest.raises(DeltaError, match="not understood"):
-        _client_info(answer(content))
+        client_info(answer(content))
 
 
 def test_a_failed_introduction_says_why():
     with pytest.raises(DeltaError, match="no battery"):
-        _client_info(answer(Error(2, "no battery")))
+        client_info(answer(Error(2, "no battery")))

@@ -1,0 +1,62 @@
+"""Who trains what: the best subnet and plan for every client's device, given the clients' recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from fedofa.device.cost import LocalWork
+from fedofa.finetune.trainer import LocalTraining
+from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.types.errors import ConfigError
+from fedofa.types.space import SubnetConfig
+from server.fleet import ClientInfo, FleetPlan, plan_fleet, plan_uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Plans a fleet.
+
+    Args:
+        search: finds the best subnet for a device.
+        training: the clients' recipe, which says how much work a round is.
+        round_seconds: a device's budget for download, training and upload.
+        float_dtype: of weights on the wire.
+    """
+
+    search: FitSearch
+    training: LocalTraining
+    round_seconds: float
+    float_dtype: str
+
+    def plan(self, clients: Sequence[ClientInfo], refused: Mapping[str, str], *, uniform: bool) -> FleetPlan:
+        """The assignments of all clients, and who sits out and why; `refused` sit out already.
+
+        Args:
+            uniform: one subnet for everybody, the weakest client's.
+
+        Raises:
+            ConfigError: when no client can train anything.
+        """
+        plan = plan_fleet(clients, self.search, self._work, self.round_seconds)
+        plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
+        if not plan.assignments:
+            raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
+        if not uniform:
+            return plan
+        weakest = plan.weakest()
+        return plan_uniform(plan, weakest, partial(self.fit_of, weakest.subnet))
+
+    def fit_of(self, subnet: SubnetConfig, client: ClientInfo) -> Fit | None:
+        """A given subnet on a client's device; None where no plan fits."""
+        budgets = Budgets(client.profile.memory_bytes, self.round_seconds)
+        return self.search.fit_of(subnet, client.profile, self._work(client.num_train), budgets)
+
+    def _work(self, num_examples: int) -> LocalWork:
+        training = self.training
+        samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
+        slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
+        slots += int(training.proximal_mu > 0)  # the received weights stay beside the trained ones
+        wire = 4 if self.float_dtype == "float32" else 2
+        return LocalWork(num_examples, samples, training.batch_size, slots, wire)
