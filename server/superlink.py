@@ -31,7 +31,7 @@ from server.environment import ONE_THREAD, QUIET_FLOWER
 
 HOST = "127.0.0.1"
 MAX_NODES = 32
-"""SuperNodes that `run_on_superlink` starts: one takes about 270 MB at rest, and 300 MB more while its client works."""
+"""SuperNodes that `run_on_superlink` starts: one takes about 270 MB at rest, and 430 MB more while its client works."""
 
 _CONNECTION = "loopback"
 _START_SECONDS = 120.0
