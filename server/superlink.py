@@ -31,7 +31,7 @@ from server.environment import ONE_THREAD, SILENT_FLOWER
 
 HOST = "127.0.0.1"
 MAX_NODES = 32
-"""SuperNodes that `run_on_superlink` starts: one takes about 270 MB at rest, and 300 MB more while its client works."""
+"""SuperNodes that `run_on_superlink` starts: one takes about 270 MB at rest, and 430 MB more while its client works."""
 
 _CONNECTION = "loopback"
 _START_SECONDS = 120.0
@@ -96,7 +96,7 @@ class LoopbackFederation:
         """
         self._node_configs = list(node_configs)
         self._wanted_port = port
-        self._supernodes: dict[str, _KeptProcess] = {}
+        self._processes: dict[str, _KeptProcess] = {}  # the SuperLink comes first
 
     def __enter__(self) -> Self:
         self.port = _claim_port(self._wanted_port)
@@ -116,14 +116,18 @@ class LoopbackFederation:
 
     def close(self) -> None:
         """Kill every process and wait for its end; more calls do nothing."""
-        for process in (*self._supernodes.values(), *([self._superlink] if hasattr(self, "_superlink") else [])):
+        for process in reversed(self._processes.values()):
             process.close()
         self._folder.cleanup()
 
     @property
     def keeper_pids(self) -> dict[str, int]:
         """Name ("superlink", "supernode 0", ...) -> id of the process whose descendants are that part."""
-        return {"superlink": self._superlink.pid} | {name: item.pid for name, item in self._supernodes.items()}
+        return {name: process.pid for name, process in self._processes.items()}
+
+    @property
+    def _superlink(self) -> _KeptProcess:
+        return self._processes["superlink"]
 
     def _start(self) -> None:
         connection = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
@@ -132,14 +136,14 @@ class LoopbackFederation:
         self._environment = _environment(self._home)
         serve = ["--insecure", "--host", HOST, "--port"]
         command = ["flower-superlink", *serve, str(self.port), "--disable-runtime-dependency-installation"]
-        self._superlink = self._launch("superlink", command)
+        self._processes["superlink"] = self._launch("superlink", command)
         self._await_superlink()
         for number, config in enumerate(self._node_configs):
             values = " ".join(f"{key}={value}" for key, value in config.items())
             join = ["--superlink", f"{HOST}:{self.port}", "--node-config", values]
             name = f"supernode {number}"
             command = ["flower-supernode", *serve, str(_claim_port(0)), *join]
-            self._supernodes[name] = self._launch(name, command)
+            self._processes[name] = self._launch(name, command)
 
     def _launch(self, name: str, command: Sequence[str], output: int | IO[bytes] | None = None) -> _KeptProcess:
         return _KeptProcess(command, self._home / f"{name}.log", self._environment, output)
@@ -188,10 +192,8 @@ class LoopbackFederation:
         Raises:
             RuntimeUnavailableError: with its reason for failing.
         """
-        process = self._launch("command", command, subprocess.PIPE)
-        with process.stdout as output:
+        with self._launch("command", command, subprocess.PIPE) as process, process.stdout as output:
             text = output.read().decode(errors="replace")
-        process.close()
         try:
             answer = json.loads(text)
         except ValueError:
@@ -207,11 +209,11 @@ class LoopbackFederation:
 
     def _follow(self, run_id: str, report: Callable[[str], None]) -> list[str]:
         """Pass the ServerApp's lines on while it runs; returns what it printed from its failure on, without colours."""
-        process = self._launch("log", ["flwr", "log", run_id, _CONNECTION, "--stream"], subprocess.PIPE)
+        command = ["flwr", "log", run_id, _CONNECTION, "--stream"]
         gone: set[str] = set()
         failed: list[str] = []
         buffer = b""
-        with process.stdout as output:
+        with self._launch("log", command, subprocess.PIPE) as process, process.stdout as output:
             os.set_blocking(output.fileno(), False)
             while True:
                 chunk = output.read()
@@ -228,7 +230,6 @@ class LoopbackFederation:
                         failed.append(_ANSI.sub("", line))
                     elif line and not ours:
                         report(line)
-        process.close()
         return failed
 
     def _watch(self, gone: set[str], report: Callable[[str], None]) -> None:
@@ -243,7 +244,7 @@ class LoopbackFederation:
                 f"the SuperLink ended in the middle of the run with status {status}: {self._superlink.tail()}; "
                 "go on with the same command and resume=true"
             )
-        for name, process in self._supernodes.items():
+        for name, process in self._processes.items():
             status = process.poll()
             if status is not None and name not in gone:
                 gone.add(name)
@@ -278,6 +279,14 @@ class _KeptProcess:
             raise
         finally:
             os.close(lifeline)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def pid(self) -> int:

@@ -24,14 +24,14 @@ def _hang(reply: Message, message: Message) -> Message:
 
 KINDS = {
     0: ("out of battery", MISDEEDS[0]),
-    1: ("", MISDEEDS[1]),  # kills its process: Flower's words or none, by who notices first
+    1: ("ClientApp stopped responding", MISDEEDS[1]),  # kills its own process
     2: ("not finite", MISDEEDS[2]),
     3: ("expected shape", MISDEEDS[4]),
     4: (client_id(11), MISDEEDS[6]),
     5: ("round", MISDEEDS[7]),
     6: ("checksum", MISDEEDS[10]),
     7: ("no answer within", _hang),
-    8: ("", _hang),  # its SuperNode is killed meanwhile
+    8: ("Node Unavailable", _hang),  # its SuperNode is killed meanwhile
 }
 """Partition -> (words of the reason that the server gives, what the client does)."""
 

@@ -206,6 +206,11 @@ def test_on_a_superlink_a_misbehaving_client_costs_only_itself(overrides, tmp_pa
     assert strategy.state.digest() == summary["shared_digest"]
 
 
+def kill_once_a_serverapp_runs(superlink: int) -> None:
+    wait_for(lambda: "flwr-serverapp" in programs(superlink))
+    os.kill(superlink, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_errors_on_a_superlink_are_one_clear_line(overrides, tmp_path):
     said = []
@@ -218,6 +223,14 @@ def test_errors_on_a_superlink_are_one_clear_line(overrides, tmp_path):
         assert not said
         with pytest.raises(RuntimeUnavailableError, match=r"^`flwr run` failed: .*Invalid run configuration.$"):
             federation.run(app_folder(), {"surprise": "1"}, said.append)
+
+        superlink = descendants(federation.keeper_pids["superlink"])[1]
+        killer = threading.Thread(target=kill_once_a_serverapp_runs, args=(superlink,), daemon=True)
+        killer.start()
+        settings = overrides(tmp_path / "run", "fleet.join_seconds=600")
+        with pytest.raises(SuperLinkError, match="^the SuperLink ended in the middle of the run with status 137"):
+            federation.run(app_folder(), {"config": encode_conf(compose_conf(settings))}, said.append)
+        killer.join(1)
 
 
 def test_the_packed_app_is_all_that_a_node_needs():
