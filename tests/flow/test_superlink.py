@@ -228,7 +228,9 @@ def test_errors_on_a_superlink_are_one_clear_line(overrides, tmp_path):
         killer = threading.Thread(target=kill_once_a_serverapp_runs, args=(superlink,), daemon=True)
         killer.start()
         settings = overrides(tmp_path / "run", "fleet.join_seconds=600")
-        with pytest.raises(SuperLinkError, match="^the SuperLink ended in the middle of the run with status 137"):
+        with pytest.raises(
+            RuntimeUnavailableError, match="^the SuperLink ended in the middle of the run with status 137"
+        ):
             federation.run(app_folder(), {"config": encode_conf(compose_conf(settings))}, said.append)
         killer.join(1)
 
