@@ -14,12 +14,13 @@ USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
 
 commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
+              with -m once for every combination of swept settings: fedofa simulate -m seed=0,1,2 finetune=full,bias
   settings    print every setting with its value, as simulate would use it
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
 of a file under conf/."""
 
-
+_MULTIRUN = {"-m", "--multirun"}
 # Read when numpy, torch and flwr are first imported. The workers keep every core busy: more threads in this process
 # would only make its short tasks wait for each other.
 _ENVIRONMENT = {
@@ -65,27 +66,19 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 
 def simulate(overrides: Sequence[str]) -> None:
-    """Run the ServerApp in this process and the ClientApp in worker processes."""
+    """Run one federation, or with -m one for every combination of the swept settings."""
     for name, value in _ENVIRONMENT.items():
         os.environ[name] = value
-    from conf.compose import compose_conf, encode_conf
+    if _MULTIRUN & set(overrides):
+        from server.sweeps import run_sweep
+
+        run_sweep([item for item in overrides if item not in _MULTIRUN])
+        return
+    from conf.compose import compose_conf
 
     conf = compose_conf(overrides)
-    from flwr.app import Context, RecordDict
-    from flwr.app.user_config import UserConfig
-
-    from fedofa.types.errors import ConfigError
-    from server.federation import build_parts
-    from server.grid import InProcessGrid, available_cores
     from server.results import print_results
-    from server.server_app import app
+    from server.runtimes import run_federation
 
-    if conf.runtime.name != "in_process":
-        raise ConfigError(f"runtime.name: expected 'in_process', found {conf.runtime.name!r}")
-    build_parts(conf)  # bad settings and missing data show before any process starts; what it loads is cached
-    run_config: UserConfig = {"config": encode_conf(conf)}
-    workers = conf.runtime.num_workers or available_cores()
-    with InProcessGrid(num_nodes=conf.fleet.num_clients, run_config=run_config, num_workers=workers) as grid:
-        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=run_config)
-        app(grid, context)
+    run_federation(conf)
     print_results(Path(conf.output_dir))

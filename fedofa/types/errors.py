@@ -35,3 +35,7 @@ class CheckpointError(FedofaError, ValueError):
 
 class InfeasibilityError(FedofaError, ValueError):
     """No subnet and plan fit a device's budgets."""
+
+
+class SweepError(FedofaError, RuntimeError):
+    """Runs of a sweep failed; the others are done."""
