@@ -69,7 +69,7 @@ def set_aside(output_dir: Path) -> None:
 def write_outputs(
     parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float], comparison: FedOFA | None, output_dir: Path
 ) -> dict[str, Any]:
-    """Write everything a person or a program looks at; the summary, returned, comes last: it says that a run is done."""
+    """Write everything a person or a program looks at, last the summary, which says that the run is done."""
     summary = build_summary(parts, strategy, on_clients, comparison)
     state = strategy.state
     arrays = {**state.tensors, **{f"ordering/{name}": order for name, order in state.ordering.items()}}
