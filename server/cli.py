@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
+USAGE = """usage: fedofa COMMAND [SETTING=VALUE ... | FOLDER ...]
 
 commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
               with -m once for every combination of swept settings: fedofa simulate -m seed=0,1,2 finetune=full,bias
+  compare     put runs side by side in a table and a picture, e.g. fedofa compare runs/simulate runs/sweeps/seed
   settings    print every setting with its value, as simulate would use it
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
         print(USAGE)
         return 0
-    actions = {"simulate": simulate, "settings": print_settings}
+    actions = {"simulate": simulate, "compare": compare, "settings": print_settings}
     if command not in actions:
         print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -51,9 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; go on with the same command and resume=true", file=sys.stderr)
+        print("stopped; go on with the same command, and resume=true unless it is a sweep", file=sys.stderr)
         return 130
     return 0
+
+
+def compare(folders: Sequence[str]) -> None:
+    """Put runs side by side."""
+    from server.compare import compare_runs
+
+    compare_runs([Path(folder) for folder in folders])
 
 
 def print_settings(overrides: Sequence[str]) -> None:
