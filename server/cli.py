@@ -15,6 +15,8 @@ USAGE = """usage: fedofa COMMAND [SETTING=VALUE ... | FOLDER ...]
 commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
               with -m once for every combination of swept settings: fedofa simulate -m seed=0,1,2 finetune=full,bias
+  sweep       search settings with Optuna, e.g. fedofa sweep 'finetune.learning_rate=tag(log,interval(0.01,0.3))'
+              study.trials=20 'study.objectives=[accuracy.largest,bytes_up]' study.name=rates
   compare     put runs side by side in a table and a picture, e.g. fedofa compare runs/simulate runs/sweeps/seed
   settings    print every setting with its value, as simulate would use it
 
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
         print(USAGE)
         return 0
-    actions = {"simulate": simulate, "compare": compare, "settings": print_settings}
+    actions = {"simulate": simulate, "sweep": sweep, "compare": compare, "settings": print_settings}
     if command not in actions:
         print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -52,9 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; go on with the same command, and resume=true unless it is a sweep", file=sys.stderr)
+        print("stopped; go on with the same command, and resume=true unless it is of a sweep", file=sys.stderr)
         return 130
     return 0
+
+
+def sweep(overrides: Sequence[str]) -> None:
+    """Search settings with Optuna."""
+    _set_environment()
+    from server.study import run_study
+
+    run_study(overrides)
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ[name] = value
 
 
 def compare(folders: Sequence[str]) -> None:
@@ -75,8 +90,7 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 def simulate(overrides: Sequence[str]) -> None:
     """Run one federation, or with -m one for every combination of the swept settings."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ[name] = value
+    _set_environment()
     if _MULTIRUN & set(overrides):
         from server.sweeps import run_sweep
 
