@@ -1,26 +1,28 @@
-"""The command line: `fedofa simulate` runs a federation on this machine, in process or on a SuperLink."""
+"""The command line: runs, sweeps and comparisons of federations on this machine."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-if TYPE_CHECKING:
-    pass
-
-USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
+USAGE = """usage: fedofa COMMAND [SETTING=VALUE ... | FOLDER ...]
 
 commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
+              with -m once for every combination of swept settings: fedofa simulate -m seed=0,1,2 finetune=full,bias
+  sweep       search settings with Optuna, e.g. fedofa sweep 'finetune.learning_rate=tag(log,interval(0.01,0.3))'
+              study.trials=20 'study.objectives=[accuracy.largest,bytes_up]' study.name=rates
+  compare     put runs side by side in a table and a picture, e.g. fedofa compare runs/simulate runs/sweeps/seed
   settings    print every setting with its value, as simulate would use it
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking) take
 the name of a file under conf/."""
+
+_MULTIRUN = {"-m", "--multirun"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
         print(USAGE)
         return 0
-    actions = {"simulate": simulate, "settings": print_settings}
+    actions = {"simulate": simulate, "sweep": sweep, "compare": compare, "settings": print_settings}
     if command not in actions:
         print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -42,9 +44,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; go on with the same command and resume=true", file=sys.stderr)
+        print("stopped; go on with the same command, and resume=true unless it is of a sweep", file=sys.stderr)
         return 130
     return 0
+
+
+def sweep(overrides: Sequence[str]) -> None:
+    """Search settings with Optuna."""
+    _set_environment()
+    from server.study import run_study
+
+    run_study(overrides)
+
+
+def _set_environment() -> None:
+    """Before anything imports numpy, torch or flwr."""
+    from server.environment import ONE_THREAD, SILENT_FLOWER, adopt
+
+    adopt(ONE_THREAD, SILENT_FLOWER)
+
+
+def compare(folders: Sequence[str]) -> None:
+    """Put runs side by side."""
+    from server.compare import compare_runs
+
+    compare_runs([Path(folder) for folder in folders])
 
 
 def print_settings(overrides: Sequence[str]) -> None:
@@ -57,14 +81,18 @@ def print_settings(overrides: Sequence[str]) -> None:
 
 
 def simulate(overrides: Sequence[str]) -> None:
-    """Run a federation on the runtime that the settings name, and print its results."""
-    from server.environment import ONE_THREAD, SILENT_FLOWER, adopt
+    """Run one federation, or with -m one for every combination of the swept settings."""
+    _set_environment()
+    if _MULTIRUN & set(overrides):
+        from server.sweeps import run_sweep
 
-    adopt(ONE_THREAD, SILENT_FLOWER)  # before anything imports numpy, torch or flwr
+        run_sweep([item for item in overrides if item not in _MULTIRUN])
+        return
     from conf.compose import compose_conf
+
+    conf = compose_conf(overrides)
     from server.results import print_results
     from server.runtimes import run_federation
 
-    conf = compose_conf(overrides)
     run_federation(conf)
     print_results(Path(conf.output_dir))

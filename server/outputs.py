@@ -69,7 +69,7 @@ def set_aside(output_dir: Path) -> None:
 def write_outputs(
     parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float], comparison: FedOFA | None, output_dir: Path
 ) -> dict[str, Any]:
-    """Write everything a person or a program looks at; returns the summary."""
+    """Write everything a person or a program looks at, last the summary, which says that the run is done."""
     summary = build_summary(parts, strategy, on_clients, comparison)
     state = strategy.state
     arrays = {**state.tensors, **{f"ordering/{name}": order for name, order in state.ordering.items()}}
@@ -80,10 +80,10 @@ def write_outputs(
     supernet = {"supernet": parts.supernet.description(), "normalisation": dict(parts.scorer.normalisation)}
     replace_file(output_dir / "supernet.json", json.dumps(supernet, indent=1).encode())
     replace_file(output_dir / "config.json", json.dumps(json.loads(encode_conf(parts.conf)), indent=1).encode())
-    replace_file(output_dir / "summary.json", json.dumps(summary, indent=1).encode())
     plot_accuracy_vs_macs(summary, output_dir / "accuracy_vs_macs.png")
     beside = comparison.log.read() if comparison else []
     plot_rounds(strategy.log.read(), output_dir / "rounds.png", comparison=beside, comparison_name=COMPARISON_NAME)
+    replace_file(output_dir / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 

@@ -47,3 +47,7 @@ class RuntimeUnavailableError(FedofaError, RuntimeError):
 
 class TrackingError(FedofaError, RuntimeError):
     """A tracker cannot be opened."""
+
+
+class SweepError(FedofaError, RuntimeError):
+    """Runs of a sweep failed; the others are done."""

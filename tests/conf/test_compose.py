@@ -11,7 +11,7 @@ from conf.schema import SOURCES, DeviceClassConf, SimulateConf, StageConf
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))
-YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
+YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml") if path.parent.name != "experiment")
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
 GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet", "tracking")
 

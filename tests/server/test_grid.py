@@ -30,7 +30,8 @@ from server.carrier import (
     send_parcel,
 )
 from server.dispatcher import MAX_IDLE_DEATHS, GridError
-from server.grid import InProcessGrid, available_cores
+from server.grid import InProcessGrid
+from server.resources import available_cores
 from server.worker import FIRST_NODE_ID, describe_exit
 
 HERE = Path(__file__).parent
