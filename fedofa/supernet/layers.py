@@ -6,6 +6,9 @@ Every layer is made on torch's meta device: shapes and names, no memory. Its ten
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from functools import lru_cache
+
 from torch import Tensor, nn
 
 from fedofa.supernet.network import (
@@ -165,7 +168,7 @@ class Network(nn.Sequential):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         for part in spec.parts:
-            self._add(part.name, _build_part(part, spec.norm, spec.norm_eps))
+            self._add(part.name, copy_structure(_prototype(part, spec.norm, spec.norm_eps)))
         self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = Linear(spec.features, spec.num_classes, device="meta")
@@ -180,7 +183,24 @@ class Network(nn.Sequential):
         parent.add_module(leaf, module)
 
 
-def _build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
+_CONTAINERS = frozenset({dict, set, OrderedDict})
+
+
+def copy_structure(module: nn.Module) -> nn.Module:
+    """A module like the given one, with dictionaries of its own and the same tensors: cheaper than a new one."""
+    copied = object.__new__(type(module))
+    own = vars(copied)
+    for key, value in vars(module).items():
+        kind = value.__class__
+        own[key] = value if kind not in _CONTAINERS else value.copy() if value else kind()
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else copy_structure(child)
+    return copied
+
+
+@lru_cache(maxsize=512)
+def _prototype(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
+    """The part's layers, to be copied and never used themselves."""
     match part:
         case ConvSpec():
             return ConvNormAct(part, norm, norm_eps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 NORMS = ("group", "batch")
 ACTIVATIONS = ("relu", "relu6", "h_swish", "h_sigmoid")
@@ -288,6 +289,12 @@ BlockSpec = MBConvSpec | BottleneckSpec
 PartSpec = ConvSpec | BlockSpec | PoolSpec
 
 
+@lru_cache(maxsize=4096)
+def part_parameters(part: PartSpec, norm: str) -> tuple[ParameterSpec, ...]:
+    """The tensors of one part, kept: a space has few distinct parts, of which all its subnets are chained."""
+    return tuple(part.parameters(norm))
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkSpec:
     """A whole classifier: a chain of parts, dropout, a linear classifier.
@@ -326,7 +333,7 @@ class NetworkSpec:
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every tensor of the network, in the order of its forward pass."""
         for part in self.parts:
-            yield from part.parameters(self.norm)
+            yield from part_parameters(part, self.norm)
         yield from self.classifier_parameters()
 
     def classifier_parameters(self) -> Iterator[ParameterSpec]:

@@ -86,10 +86,8 @@ def _layers(supernet: ElasticSupernet) -> Iterator[tuple[str, tuple[str, Mapping
             number += 1
             for ours, theirs in _RESIDUAL.items():
                 yield f"{part.name}.{ours}", (f"blocks.{number}.{theirs}", _ELASTIC)
-    yield (
-        "classifier",
-        ("classifier.linear.linear" if isinstance(supernet.spec, ResNetSpec) else "classifier.linear", {}),
-    )
+    head = "classifier.linear.linear" if isinstance(supernet.spec, ResNetSpec) else "classifier.linear"
+    yield "classifier", (head, {})
 
 
 def _translated(name: str, spelling: Mapping[str, str]) -> str:
@@ -138,8 +136,8 @@ def load_published(
     spec = PUBLISHED[name or _closest(weights, found)]
     if num_classes is None and found not in (None, spec.num_classes):
         raise CheckpointError(
-            f"{path}: the classifier has {found} classes, expected {spec.num_classes}; pass num_classes={found} to take "
-            "it as it is, or another number of classes to start with a fresh classifier"
+            f"{path}: the classifier has {found} classes, expected {spec.num_classes}; pass num_classes={found} to "
+            "take it as it is, or another number of classes to start with a fresh classifier"
         )
     supernet = _empty(replace(spec, num_classes=found or spec.num_classes))
     try:
@@ -272,11 +270,11 @@ def _with_fresh_classifier(
 
 def _check_published(supernet: ElasticSupernet) -> None:
     spec = getattr(supernet, "spec", None)
-    if not any(type(spec) is type(known) and _sizes(spec) == _sizes(known) for known in PUBLISHED.values()):
+    if not isinstance(spec, PublishedSpec) or not any(_sizes(spec) == _sizes(known) for known in PUBLISHED.values()):
         raise CheckpointError(
-            f"a supernet of family {supernet.space.family!r} with these sizes has no published format: the package `ofa` "
-            f"builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout and resolutions "
-            "are free. Save its state instead"
+            f"a supernet of family {supernet.space.family!r} with these sizes has no published format: the package "
+            f"`ofa` builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout and "
+            "resolutions are free. Save its state instead"
         )
     if any(tensor.is_meta for tensor in supernet.shared().values()):
         raise CheckpointError("this supernet is structure only; load weights into it before it is saved")

@@ -108,11 +108,11 @@ class ResNetSpec(ElasticSpec):
     def _stem(self, space: SearchSpace, subnet: SubnetConfig, widths: list[float]) -> Iterator[PartSpec]:
         inner = make_divisible(make_divisible(self.stem_width * widths[0]) // 2)
         outer = make_divisible(self.stem_width * widths[1])
-        inside = {"activation": _ACTIVATION, "out_group": "stem.mid"}
-        yield ConvSpec("stem.0", self.in_channels, inner, 3, self.stem_stride, **inside)
+        act, mid = _ACTIVATION, "stem.mid"
+        yield ConvSpec("stem.0", self.in_channels, inner, 3, self.stem_stride, activation=act, out_group=mid)
         if space.values(subnet, "stem_depth")[0] == self.depths[-1]:
-            yield ConvSpec("stem.1", inner, inner, 3, in_group="stem.mid", residual=True, **inside)
-        yield ConvSpec("stem.2", inner, outer, 3, activation=_ACTIVATION, in_group="stem.mid", out_group="stem.width")
+            yield ConvSpec("stem.1", inner, inner, 3, activation=act, in_group=mid, out_group=mid, residual=True)
+        yield ConvSpec("stem.2", inner, outer, 3, activation=act, in_group=mid, out_group="stem.width")
         yield PoolSpec("stem.pool", "max")
 
     def _blocks(self, space: SearchSpace, subnet: SubnetConfig, widths: list[float]) -> Iterator[BottleneckSpec]:

@@ -75,7 +75,7 @@ def to_ofa(subnet: SubnetConfig) -> dict[str, list[float]]:
     return {key: rows[name] for key, name in _KEYS.items() if name in rows}
 
 
-def _row(key: str, given: Any) -> list[float]:
+def _row(key: str, given: Any) -> list[Any]:
     if isinstance(given, Sequence) and not isinstance(given, str):
         return list(given)
     if key == "r":

@@ -92,6 +92,7 @@ PUBLISHED_SPACES = {
 }
 """7371^5, 9 * 7371^5 and 18 * 351^3 * 3159 configurations.
 
-A stage of the first two has (3 * 3)^2 + (3 * 3)^3 + (3 * 3)^4 = 7371 choices, Proxyless' last block 9. A stage of two to
-four residual blocks has 3 * (3^2 + 3^3 + 3^4) = 351, one of four to six 3 * (3^4 + 3^5 + 3^6) = 3159, the stem 2 * 3 * 3.
+A stage of the first two has (3 * 3)^2 + (3 * 3)^3 + (3 * 3)^4 = 7371 choices, Proxyless' last block 9. A stage of two
+to four residual blocks has 3 * (3^2 + 3^3 + 3^4) = 351, one of four to six 3 * (3^4 + 3^5 + 3^6) = 3159, the stem
+2 * 3 * 3. Two of the stem's three inner widths round to 24 channels: a third of the last are networks twice.
 """

@@ -131,7 +131,10 @@ def test_an_unknown_option_lists_the_groups_options(group):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("supernet.family=resnet", r"supernet.family: expected one of ['fixed', 'mobilenet_v3'], found 'resnet'"),
+        (
+            "supernet.family=resnext",
+            "supernet.family: expected one of ['fixed', 'mobilenet_v3', 'proxyless', 'resnet'], found 'resnext'",
+        ),
         ("~rounds", "settings without a value: rounds; give them as key=value"),
         ("seed=???", "settings without a value: seed; give them as key=value"),
         ("~supernet.norm", "settings without a value: supernet.norm; give them as key=value"),

@@ -8,8 +8,6 @@ from cohorts import SPEC
 
 from fedofa.supernet.families import build_supernet, two_conv_cnn
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.proxyless import ProxylessSpec
-from fedofa.supernet.resnet import ResNetSpec
 from fedofa.types.errors import ConfigError
 
 SMALL = {"family": "mobilenet_v3", **SPEC.to_json()}
