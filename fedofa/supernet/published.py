@@ -182,20 +182,23 @@ def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]
         CheckpointError: listing every key that is missing, unknown or of another shape; then nothing was copied.
     """
     keys, problems = _match(supernet, weights)
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(
-            f"the weights do not fit {supernet.space.family!r}: {len(problems)} problems: "
-            f"{'; '.join(problems[:_SHOWN])}{more}"
-        )
+    count = sum(map(len, problems.values()))
+    if count:
+        listed = "; ".join(_listed(kind, entries) for kind, entries in problems.items() if entries)
+        raise CheckpointError(f"the weights do not fit {supernet.space.family!r}: {count} problems: {listed}")
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
             tensor.copy_(weights[keys[name]])
     supernet.set_ordering({})
 
 
-def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The key that holds each shared tensor, and what is wrong with the others."""
+def _listed(kind: str, entries: list[str]) -> str:
+    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+    return f"{kind} {', '.join(sorted(entries)[:_SHOWN])}{more}"
+
+
+def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The key that holds each shared tensor, and the entries that are missing, unknown or misshapen."""
     shared, keys, counters = supernet.shared(), {}, set()
     missing, misshapen = [], []
     for ours, theirs in published_names(supernet):
@@ -203,15 +206,15 @@ def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[
         if theirs.endswith("running_var"):
             counters |= set(spellings(f"{theirs.removesuffix('running_var')}{_COUNTER}"))
         if not present:
-            missing.append(f"missing {theirs}")
+            missing.append(theirs)
             continue
         keys[ours] = present[0]
         expected, value = tuple(shared[ours].shape), weights[present[0]]
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         if shape != expected:
-            misshapen.append(f"{present[0]}: expected shape {expected}, found {shape}")
-    unknown = [f"unknown {key}" for key in sorted(set(weights) - set(keys.values()) - counters)]
-    return keys, sorted(missing) + unknown + sorted(misshapen)
+            misshapen.append(f"{present[0]} (expected shape {expected}, found {shape})")
+    unknown = list(set(weights) - set(keys.values()) - counters)
+    return keys, {"missing": missing, "unknown": unknown, "misshapen": misshapen}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -244,7 +247,12 @@ def _closest(weights: Mapping[str, Any], num_classes: int | None) -> str:
         name: build_elastic(replace(spec, num_classes=num_classes or spec.num_classes))
         for name, spec in PUBLISHED.items()
     }
-    return min(structures, key=lambda name: len(_match(structures[name], weights)[1]))
+
+    def fit(name: str) -> tuple[int, int, int]:
+        keys, problems = _match(structures[name], weights)
+        return len(keys), -len(problems["misshapen"]), -len(problems["missing"])
+
+    return max(structures, key=fit)
 
 
 def _empty(spec: ElasticSpec) -> ElasticSupernet:
