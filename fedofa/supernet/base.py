@@ -121,15 +121,19 @@ class Supernet(nn.Module, ABC):
         return self._slices[key]
 
     @final
-    def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The subnet as a module with weights of its own, from `shared` where given, else from this supernet's."""
+    def cut(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The subnet's tensors as contiguous copies, from `shared` where given, else from this supernet's."""
         source = self.shared() if shared is None else shared
         with torch.no_grad():
-            tensors = self.slice_map(subnet).extract(source)
-            own = {
-                name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+            return {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for name, tensor in self.slice_map(subnet).extract(source).items()
             }
-        return assemble(self.skeleton(subnet), own)
+
+    @final
+    def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The subnet as a module with weights of its own (see `cut`)."""
+        return assemble(self.skeleton(subnet), self.cut(subnet, shared))
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
