@@ -133,7 +133,8 @@ class Supernet(nn.Module, ABC):
     @final
     def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
         """The subnet as a module with weights of its own (see `cut`)."""
-        return assemble(self.skeleton(subnet), self.cut(subnet, shared))
+        tensors = self.cut(subnet, shared)  # checks the subnet
+        return assemble(self.skeleton(subnet), tensors)
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
