@@ -22,7 +22,7 @@ from conf.compose import explain
 from fedofa.types.errors import ConfigError
 
 SWEEPS_DIR = Path("runs/sweeps")
-_SAME_RESULTS = ("hydra", "output_dir", "resume", "resume_round", "runtime", "data.path", "data.cache_dir")
+_SAME_RESULTS = ("hydra", "output_dir", "resume", "resume_round", "runtime", "tracking", "data.path", "data.cache_dir")
 """Settings, or groups of them, that do not change what a run computes; a run's name is the same whatever they are."""
 _NAME_CHARACTERS = 120
 

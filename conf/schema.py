@@ -95,7 +95,7 @@ class FleetConf:
 
 @dataclass
 class StageConf:
-    """One elastic stage of a MobileNetV3 space."""
+    """One stage of a MobileNetV3 or ProxylessNAS space."""
 
     width: int = MISSING
     stride: int = MISSING
@@ -125,6 +125,53 @@ class MobileNetV3Conf:
 
 
 @dataclass
+class ProxylessConf:
+    """Sizes of a ProxylessNAS space; image channels and classes come from the data."""
+
+    family: str = "proxyless"
+    stem_width: int = MISSING
+    stem_stride: int = MISSING
+    first_width: int = MISSING
+    first_stride: int = MISSING
+    stages: list[StageConf] = MISSING
+    last_stage: StageConf = MISSING  # of one block in every subnet
+    feature_width: int = MISSING
+    kernels: list[int] = MISSING
+    expands: list[float] = MISSING
+    depths: list[int] = MISSING
+    resolutions: list[int] = MISSING
+    norm: str = MISSING  # "group" | "batch"
+    norm_eps: float = MISSING
+    dropout: float = MISSING
+
+
+@dataclass
+class ResidualStageConf:
+    """One stage of a ResNet-D space."""
+
+    width: int = MISSING  # at width 1
+    blocks: int = MISSING  # at depth 0
+    stride: int = MISSING
+
+
+@dataclass
+class ResNetConf:
+    """Sizes of a ResNet-D space; image channels and classes come from the data."""
+
+    family: str = "resnet"
+    stem_width: int = MISSING
+    stem_stride: int = MISSING
+    stages: list[ResidualStageConf] = MISSING
+    expands: list[float] = MISSING  # inner channels as a fraction of a block's output
+    depths: list[int] = MISSING  # blocks added to a stage
+    widths: list[float] = MISSING  # multipliers of the stem and of each stage
+    resolutions: list[int] = MISSING
+    norm: str = MISSING  # "group" | "batch"
+    norm_eps: float = MISSING
+    dropout: float = MISSING
+
+
+@dataclass
 class FixedConf:
     """One network for every client."""
 
@@ -132,7 +179,12 @@ class FixedConf:
     module: str = MISSING  # a name in fedofa.supernet.families.MODULES
 
 
-SUPERNETS: dict[str, type] = {"mobilenet_v3": MobileNetV3Conf, "fixed": FixedConf}
+SUPERNETS: dict[str, type] = {
+    "mobilenet_v3": MobileNetV3Conf,
+    "proxyless": ProxylessConf,
+    "resnet": ResNetConf,
+    "fixed": FixedConf,
+}
 
 
 @dataclass
@@ -209,7 +261,7 @@ class SimulateConf:
     data: DataConf = MISSING  # or what SOURCES says for its `name`
     partition: PartitionConf = MISSING
     fleet: FleetConf = MISSING
-    supernet: Any = MISSING  # MobileNetV3Conf | FixedConf, by its `family`
+    supernet: Any = MISSING  # one of SUPERNETS, by its `family`
     finetune: FinetuneConf = MISSING
     aggregation: AggregationConf = MISSING
     runtime: RuntimeConf = MISSING

@@ -11,7 +11,7 @@ from typing import Any
 
 from fedofa.types.errors import ConfigError
 
-_NO_RESULT = ("output_dir", "resume", "resume_round", "data.path", "data.cache_dir", "runtime.")
+_NO_RESULT = ("output_dir", "resume", "resume_round", "data.path", "data.cache_dir", "runtime.", "tracking.")
 """Settings that do not change what a run computes."""
 _MARKERS = ("summary.json", "rounds.jsonl")
 _MOST_NAMED = 4

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
-from fedofa.supernet.slices import SliceMap, build_slice_map
+from fedofa.supernet.slices import SliceMap, TensorSlice, slice_tensor
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
@@ -28,13 +28,13 @@ def assemble(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     left = set(tensors)
     for prefix, module in skeleton.named_modules():
         dot = f"{prefix}." if prefix else ""
-        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        for name, current in named:
-            if dot + name not in left:
-                raise SpaceError(f"the subnet needs the tensor {dot + name!r}, which was not given")
-            left.remove(dot + name)
-            tensor = tensors[dot + name]
-            setattr(module, name, nn.Parameter(tensor) if isinstance(current, nn.Parameter) else tensor)
+        for own in (module._parameters, module._buffers):
+            for name in [name for name, current in own.items() if current is not None]:
+                if dot + name not in left:
+                    raise SpaceError(f"the subnet needs the tensor {dot + name!r}, which was not given")
+                left.remove(dot + name)
+                tensor = tensors[dot + name]
+                own[name] = nn.Parameter(tensor) if own is module._parameters else tensor  # type: ignore[assignment]
     if left:
         raise SpaceError(f"the subnet has no tensors {sorted(left)[:5]} ({len(left)} in all)")
     return skeleton
@@ -58,6 +58,7 @@ class Supernet(nn.Module, ABC):
         self.kernels = tuple(kernels)
         self.ordering: dict[str, np.ndarray] = {}
         self._slice_maps: dict[SubnetConfig, SliceMap] = {}
+        self._slices: dict[tuple[str, tuple[int, ...]], TensorSlice] = {}  # by name and shape: subnets have many alike
 
     @cached_property
     def _largest(self) -> dict[str, ParameterSpec]:
@@ -86,7 +87,20 @@ class Supernet(nn.Module, ABC):
     @final
     def shared(self) -> dict[str, Tensor]:
         """The shared tensors by name: parameters, kernel matrices and batch-norm statistics (not copies)."""
-        return {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        return {name: owner[leaf] for name, owner, leaf in self._homes}
+
+    @cached_property
+    def _homes(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Where the network's modules keep each shared tensor: name, dictionary, key; parameters first."""
+        modules = list(self.network.named_modules())
+        return [
+            (f"{prefix}.{leaf}" if prefix else leaf, owner, leaf)
+            for kind in ("_parameters", "_buffers")
+            for prefix, module in modules
+            for owner in (getattr(module, kind),)
+            for leaf, tensor in owner.items()
+            if tensor is not None
+        ]
 
     @final
     def slice_map(self, subnet: SubnetConfig) -> SliceMap:
@@ -97,20 +111,30 @@ class Supernet(nn.Module, ABC):
         """
         if subnet not in self._slice_maps:
             self.space.check(subnet)
-            table = self.parameter_table(subnet)
-            self._slice_maps[subnet] = build_slice_map(self._largest, table, self.ordering, self.kernels)
+            self._slice_maps[subnet] = SliceMap([self._slice(item) for item in self.parameter_table(subnet)])
         return self._slice_maps[subnet]
+
+    def _slice(self, item: ParameterSpec) -> TensorSlice:
+        key = (item.name, item.shape)
+        if key not in self._slices:
+            self._slices[key] = slice_tensor(item, self._largest[item.name], self.ordering, self.kernels)
+        return self._slices[key]
+
+    @final
+    def cut(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The subnet's tensors as contiguous copies, from `shared` where given, else from this supernet's."""
+        source = self.shared() if shared is None else shared
+        with torch.no_grad():
+            return {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format)
+                for name, tensor in self.slice_map(subnet).extract(source).items()
+            }
 
     @final
     def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """The subnet as a module with weights of its own, from `shared` where given, else from this supernet's."""
-        source = self.shared() if shared is None else shared
-        with torch.no_grad():
-            tensors = self.slice_map(subnet).extract(source)
-            own = {
-                name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-            }
-        return assemble(self.skeleton(subnet), own)
+        """The subnet as a module with weights of its own (see `cut`)."""
+        tensors = self.cut(subnet, shared)  # checks the subnet
+        return assemble(self.skeleton(subnet), tensors)
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
@@ -134,6 +158,7 @@ class Supernet(nn.Module, ABC):
         self._check_ordering(ordering)
         self.ordering = {group: np.asarray(order, np.int64) for group, order in ordering.items()}
         self._slice_maps.clear()
+        self._slices.clear()
 
     def _check_ordering(self, ordering: Mapping[str, np.ndarray]) -> None:
         sizes = self.channel_groups()

@@ -182,34 +182,26 @@ class SliceMap:
         return {name: self.slices[name].lift(values, shared) for name, values in delta.items()}
 
 
-def build_slice_map(
-    shared: Mapping[str, ParameterSpec],
-    subnet: Sequence[ParameterSpec],
-    ordering: Mapping[str, np.ndarray],
-    kernels: Sequence[int] = (),
-) -> SliceMap:
-    """The map from the largest network's parameter table to a subnet's.
+def slice_tensor(
+    item: ParameterSpec, shared: ParameterSpec, ordering: Mapping[str, np.ndarray], kernels: Sequence[int] = ()
+) -> TensorSlice:
+    """Where one tensor of a subnet lies in the shared one.
 
     Args:
-        shared: the largest network's parameters by name.
-        subnet: the subnet's parameters.
+        item: the subnet's tensor.
+        shared: the largest network's tensor of the same name.
         ordering: channel group -> permutation, most important first; a group left out is in order.
         kernels: the elastic kernel sizes.
     """
-    slices = []
-    for item in subnet:
-        source = shared[item.name]
-        index = tuple(
-            _dimension_index(ordering.get(group) if group else None, size, full)
-            for group, size, full in zip(item.groups, item.shape, source.shape, strict=True)
-        )
-        depthwise = item.name.removesuffix(".conv.weight")
-        kernel = None
-        if len(item.shape) == 4 and item.shape[-1] != source.shape[-1]:
-            kernel = KernelTransform.between(depthwise, kernels, item.shape[-1])
-            index = (*index[:2], slice(None), slice(None))
-        slices.append(TensorSlice(item.name, item.shape, source.shape, index, kernel, item.role))
-    return SliceMap(slices)
+    index = tuple(
+        _dimension_index(ordering.get(group) if group else None, size, full)
+        for group, size, full in zip(item.groups, item.shape, shared.shape, strict=True)
+    )
+    kernel = None
+    if len(item.shape) == 4 and item.shape[-1] != shared.shape[-1]:
+        kernel = KernelTransform.between(item.name.removesuffix(".conv.weight"), kernels, item.shape[-1])
+        index = (*index[:2], slice(None), slice(None))
+    return TensorSlice(item.name, item.shape, shared.shape, index, kernel, item.role)
 
 
 def _dimension_index(order: np.ndarray | None, size: int, full: int) -> slice | np.ndarray:

@@ -7,7 +7,9 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import SOURCES, DeviceClassConf, SimulateConf, StageConf
+from conf.schema import SOURCES, DeviceClassConf, MobileNetV3Conf, ResidualStageConf, SimulateConf, StageConf
+from fedofa.supernet.families import build_supernet
+from fedofa.supernet.published import PUBLISHED
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))
@@ -76,7 +78,8 @@ def dotted(node: DictConfig | ListConfig, prefix: str) -> list[str]:
             continue
         keys.append(name)
         if name == "supernet.stages":
-            assert all(set(stage) == set(StageConf.__dataclass_fields__) for stage in value)
+            schemas = [set(schema.__dataclass_fields__) for schema in (StageConf, ResidualStageConf)]
+            assert all(set(stage) in schemas for stage in value)
         elif name == "fleet.classes":
             assert all(set(entry) == set(DeviceClassConf.__dataclass_fields__) for entry in value.values())
         elif isinstance(value, DictConfig):
@@ -89,8 +92,10 @@ def test_every_setting_of_the_schema_has_a_value():
     for overrides in ([], *([f"data={name}"] for name in SOURCES)):
         container = OmegaConf.to_container(OmegaConf.structured(compose_conf(overrides)), throw_on_missing=True)
         given |= set(flat(container, ""))
-    fixed_only = {"supernet.module"}
-    assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - fixed_only <= given
+    others = {key for key in known_keys() if key.startswith("supernet.")} - {
+        f"supernet.{name}" for name in MobileNetV3Conf.__dataclass_fields__
+    }
+    assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - others <= given
 
 
 def flat(value: dict, prefix: str) -> list[str]:
@@ -157,7 +162,10 @@ def test_an_unknown_option_lists_the_groups_options(group):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("supernet.family=resnet", r"supernet.family: expected one of ['fixed', 'mobilenet_v3'], found 'resnet'"),
+        (
+            "supernet.family=resnext",
+            "supernet.family: expected one of ['fixed', 'mobilenet_v3', 'proxyless', 'resnet'], found 'resnext'",
+        ),
         ("~rounds", "settings without a value: rounds; give them as key=value"),
         ("seed=???", "settings without a value: seed; give them as key=value"),
         ("~supernet.norm", "settings without a value: supernet.norm; give them as key=value"),
@@ -213,6 +221,21 @@ def test_a_change_to_a_loaded_configuration_stays_with_its_owner():
 def test_a_run_config_that_cannot_be_read_is_refused(run_config):
     with pytest.raises(ConfigError):
         load_conf(run_config)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("published", "ofa_mbv3_d234_e346_k357_w1.0"),
+        ("mobilenet_v3_w1.2", "ofa_mbv3_d234_e346_k357_w1.2"),
+        ("proxyless", "ofa_proxyless_d234_e346_k357_w1.3"),
+        ("resnet50", "ofa_supernet_resnet50"),
+    ],
+)
+def test_the_presets_of_published_spaces_build_them(preset, name):
+    settings = compose_conf([f"supernet={preset}"]).supernet
+    supernet = build_supernet({**settings, "in_channels": 3, "num_classes": 1000})
+    assert supernet.spec == PUBLISHED[name]  # type: ignore[attr-defined]
 
 
 def test_a_group_set_to_null_is_refused():

@@ -1,8 +1,10 @@
 """Plans by name: exactly which parameters of a subnet they train."""
 
 import pytest
-from cohorts import build_supernet
+import torch
+from cohorts import SPECS, build_supernet
 
+from fedofa.finetune.engine import planned
 from fedofa.finetune.plans import build_plan, in_backward
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
@@ -86,3 +88,17 @@ def test_more_last_blocks_than_there_are_is_all_of_them():
 def test_what_is_no_plan_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         build_plan(blocks=BLOCKS, **arguments)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("name", ["full", "last_blocks(1)", "bias", "head"])
+def test_every_plan_trains_in_every_family(spec, name):
+    """What a plan trains gets a gradient, in the subnet that the cost model's blocks speak of."""
+    supernet = build_supernet(spec=spec)
+    subnet = supernet.space.smallest()
+    plan = build_plan(name, supernet.block_costs(subnet), recompute=name == "full")
+    model, side = supernet.build(subnet), supernet.resolution(subnet)
+    with planned(model, plan) as parameters:
+        model(torch.randn(2, 1, side, side)).square().sum().backward()
+        assert len(parameters) == len(plan.trainable) > 0
+        assert all(parameter.grad is not None for parameter in parameters)

@@ -37,14 +37,20 @@ def overrides(cache_dir):
     return lambda output_dir, *more: [*SMALL, f"data.cache_dir={cache_dir}", f"output_dir={output_dir}", *more]
 
 
-@pytest.fixture
-def simulate(overrides):
+@pytest.fixture(scope="session")
+def run_fedofa():
     """Run `fedofa simulate` as a user would, in a process of its own; returns the summary."""
 
-    def run(output_dir: Path, *more: str) -> dict:
-        command = [sys.executable, "-m", "server", "simulate", *overrides(output_dir, *more)]
+    def run(output_dir: Path, *overrides: str) -> dict:
+        command = [sys.executable, "-m", "server", "simulate", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ}, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads((output_dir / "summary.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def simulate(overrides, run_fedofa):
+    """Run the small federation, with more settings where given; returns the summary."""
+    return lambda output_dir, *more: run_fedofa(output_dir, *overrides(output_dir, *more))

@@ -4,7 +4,11 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
+from fedofa.supernet.families import build_elastic
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, StageSpec
+from fedofa.supernet.proxyless import ProxylessSpec
+from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec
 from fedofa.types.delta import SubnetDelta
 
 SPEC = MobileNetV3Spec(
@@ -20,13 +24,39 @@ SPEC = MobileNetV3Spec(
     resolutions=(16, 20),
     norm="group",
 )
+PROXYLESS_SPEC = ProxylessSpec(
+    in_channels=1,
+    num_classes=5,
+    stem_width=8,
+    first_width=8,
+    stages=(StageSpec(8, 2, "relu6", False), StageSpec(16, 2, "relu6", False)),
+    last_stage=StageSpec(16, 1, "relu6", False),
+    feature_width=24,
+    expands=(1, 2),
+    depths=(1, 2),
+    resolutions=(16, 20),
+    norm="group",
+)
+RESNET_SPEC = ResNetSpec(
+    in_channels=1,
+    num_classes=5,
+    stem_width=32,
+    stages=(ResidualStageSpec(32, 1, 1), ResidualStageSpec(48, 2, 2)),
+    expands=(0.25, 0.5),
+    depths=(0, 1),
+    widths=(0.5, 0.75, 1.0),
+    resolutions=(16, 20),
+    norm="group",
+)
+SPECS = {spec.family: spec for spec in (SPEC, PROXYLESS_SPEC, RESNET_SPEC)}
 
 
-def build_supernet(seed: int = 0, *, norm: str = "group", shuffled: bool = True) -> MobileNetV3Supernet:
+def build_supernet(
+    seed: int = 0, *, norm: str = "group", shuffled: bool = True, spec: ElasticSpec = SPEC
+) -> ElasticSupernet:
     """Random weights, matrices near but away from the identity, and (with `shuffled`) a random channel ordering."""
     generator = torch.Generator().manual_seed(seed)
-    spec = MobileNetV3Spec.from_json({**SPEC.to_json(), "norm": norm})
-    supernet = MobileNetV3Supernet(spec, generator)
+    supernet = build_elastic(type(spec).from_json({**spec.to_json(), "norm": norm}), generator)
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
             if ".matrix_" in name:

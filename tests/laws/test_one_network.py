@@ -3,29 +3,50 @@
 import numpy as np
 import pytest
 import torch
-from cohorts import build_supernet, seeds
+from cohorts import SPECS, build_supernet, seeds
 from hypothesis import given, settings
 
+from fedofa.evaluation.calibration import calibrate
 from fedofa.supernet.importance import channel_ordering
-from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
-from fedofa.supernet.published import load_published_weights, published_names
+from fedofa.supernet.published import PUBLISHED, load_published, load_published_weights, published_names, save_published
 from fedofa.types.errors import CheckpointError
+from fedofa.types.space import SubnetConfig
+
+every_published = pytest.mark.parametrize("name", PUBLISHED)
+
+
+def build_peer(networks, name):
+    """The package's network of that published name, with other weights than its own everywhere."""
+    elastic = {"ks_list": [3, 5, 7], "expand_ratio_list": [3, 4, 6], "depth_list": [2, 3, 4], "dropout_rate": 0.0}
+    if name == "ofa_supernet_resnet50":
+        peer = networks.OFAResNets(
+            depth_list=[0, 1, 2], expand_ratio_list=[0.2, 0.25, 0.35], width_mult_list=[0.65, 0.8, 1.0]
+        )
+    elif "proxyless" in name:
+        peer = networks.OFAProxylessNASNets(width_mult=1.3, **elastic)
+    else:
+        peer = networks.OFAMobileNetV3(width_mult=float(name[-3:]), **elastic)
+    return randomised(peer)
 
 
 def randomised(network, seed=0):
-    """Random weights of sane scale everywhere, batch-norm statistics and transform matrices included."""
+    """Random weights of sane scale, transform matrices, norms and squeeze-excite biases included."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else None
-            if noise is None:
+            if not tensor.is_floating_point():
                 continue
+            noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("_matrix"):
                 tensor.add_(0.1 * noise)
             elif name.endswith("running_var"):
-                tensor.copy_(1.0 + 0.5 * torch.rand(tensor.shape, generator=generator))
+                tensor.copy_(1.0 + 0.5 * noise.abs())
+            elif ".se." in name and tensor.dim() == 4:
+                tensor.copy_(noise * (0.1 / tensor[0].numel()) ** 0.5)  # gates that are neither shut nor open
             elif tensor.dim() == 4:
                 tensor.copy_(noise * (2.0 / tensor[0].numel()) ** 0.5)
+            elif tensor.dim() == 2:
+                tensor.copy_(noise * (1.0 / tensor.shape[1]) ** 0.5)
             elif "bn" in name and name.endswith("weight"):
                 tensor.copy_(1.0 + 0.2 * noise)
             else:
@@ -33,64 +54,135 @@ def randomised(network, seed=0):
     return network.eval()
 
 
-@pytest.fixture(scope="module")
-def peer(ofa_networks):
-    return randomised(
-        ofa_networks.OFAMobileNetV3(
-            ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4], dropout_rate=0.0
-        )
-    )
+def activate(peer, subnet):
+    peer.set_active_subnet(**{key: row for key, row in subnet.to_ofa().items() if key != "r"})
+
+
+def images(side, batch=2):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(side))
 
 
 @pytest.fixture(scope="module")
-def published(peer):
-    supernet = MobileNetV3Supernet.published(generator=torch.Generator().manual_seed(1)).eval()
-    load_published_weights(supernet, peer.state_dict())
-    return supernet
+def peers(ofa_networks):
+    made = {}
+    return lambda name: made.setdefault(name, build_peer(ofa_networks, name))
 
 
-def test_published_names_are_exactly_the_peers(peer, published):
-    theirs = {key for key in peer.state_dict() if not key.endswith("num_batches_tracked")}
-    assert {key for _, key in published_names(published)} == theirs
+@pytest.fixture(scope="module")
+def published(peers, tmp_path_factory):
+    """The supernet of a file that holds the peer's weights, found by its keys and shapes."""
+    made = {}
+
+    def load(name):
+        if name not in made:
+            path = tmp_path_factory.mktemp("published") / "weights"
+            torch.save({"state_dict": peers(name).state_dict()}, path)
+            made[name] = load_published(path)
+            path.unlink()
+        return made[name]
+
+    return load
 
 
-def test_subnets_cut_from_published_weights_equal_the_peers(peer, published):
+@every_published
+def test_published_names_are_exactly_the_peers(name, peers, published):
+    theirs = {key for key in peers(name).state_dict() if not key.endswith("num_batches_tracked")}
+    assert {key for _, key in published_names(published(name))} == theirs
+    assert published(name).spec == PUBLISHED[name]
+
+
+@pytest.mark.slow
+@every_published
+def test_subnets_cut_from_published_weights_equal_the_peers(name, peers, published):
+    """Twenty random subnets, the largest and the smallest: with the file's statistics, and recalibrated ones."""
+    peer, supernet, space = peers(name), published(name), published(name).space
     rng = np.random.default_rng(0)
-    space = published.space
-    subnets = [space.largest(), space.smallest(), *(space.sample(rng) for _ in range(6))]
-    x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
-    for subnet in subnets:
-        rows = {axis: space.values(subnet, axis) for axis in ("kernel", "expand", "depth")}
-        peer.set_active_subnet(
-            ks=[k or 3 for k in rows["kernel"]], e=[e or 3 for e in rows["expand"]], d=list(rows["depth"])
-        )
+    x = images(72)
+    for subnet in (space.largest(), space.smallest(), *(space.sample(rng) for _ in range(20))):
+        activate(peer, subnet)
         with torch.no_grad():
-            theirs, ours, cut = peer(x), published(x, subnet), published.build(subnet).eval()(x)
-        scale = theirs.abs().max()
-        assert scale > 1e-3
-        assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, scale)
-        assert torch.equal(ours, cut) or (ours - cut).abs().max() <= 1e-6 * scale
+            theirs, ours = peer.get_active_subnet().eval(), supernet.build(subnet).eval()
+            a, b = peer(x), supernet(x, subnet)
+            assert (a - b).abs().max() <= 1e-5 * max(1.0, a.abs().max())
+            assert (ours(x) - b).abs().max() <= 1e-6 * a.abs().max()
+            for model in (theirs, ours):
+                calibrate(model, [images(72, batch=6)])
+            a, b = theirs(x), ours(x)
+            assert 0.1 < a.abs().max() < 20
+            assert (a - b).abs().max() <= 1e-5
 
 
-def test_published_weights_that_do_not_fit_are_listed_and_nothing_is_copied(peer, published):
-    weights = dict(peer.state_dict())
-    before = published.state().digest()
-    weights["classifier.linear.bias"] = torch.zeros(7)
+@every_published
+def test_a_configuration_that_the_peer_draws_is_ours(name, peers, published):
+    peer, supernet = peers(name), published(name)
+    subnet = SubnetConfig.from_ofa(peer.sample_active_subnet(), supernet.space.family)
+    x = images(64)
+    with torch.no_grad():
+        theirs, ours = peer(x), supernet(x, subnet)
+    assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.slow
+@every_published
+def test_a_written_file_is_the_peers(name, peers, published, ofa_networks, tmp_path):
+    """With channels ordered by importance: the peer takes leading channels, so the file must hold them sorted."""
+    supernet, rng = published(name), np.random.default_rng(1)
+    largest = supernet.network_spec(supernet.space.largest())
+    supernet.set_ordering(channel_ordering(largest, supernet.state().tensors))
+    try:
+        save_published(supernet, tmp_path / "written")
+        assert [path.name for path in tmp_path.iterdir()] == ["written"]
+        weights = torch.load(tmp_path / "written", weights_only=True)["state_dict"]
+        peer = build_peer(ofa_networks, name)
+        assert {key: tensor.shape for key, tensor in weights.items()} == {
+            key: tensor.shape for key, tensor in peer.state_dict().items()
+        }
+        peer.load_state_dict(weights)
+        again = load_published(tmp_path / "written", name)
+        assert again.ordering == {}
+        x, smallest = images(64), supernet.space.smallest()
+        activate(peers(name), smallest)
+        with torch.no_grad():
+            in_order = peers(name)(x)
+            assert (in_order - supernet(x, smallest)).abs().max() > 1e-2
+            for subnet in (smallest, *(supernet.space.sample(rng) for _ in range(2))):
+                activate(peer, subnet)
+                theirs, ours = peer(x), supernet(x, subnet)
+                assert (theirs - ours).abs().max() <= 1e-5 * max(1.0, ours.abs().max())
+                assert torch.allclose(again(x, subnet), ours, atol=1e-5, rtol=1e-5)
+    finally:
+        supernet.set_ordering({})
+
+
+@pytest.mark.parametrize("name", ["ofa_mbv3_d234_e346_k357_w1.0", "ofa_supernet_resnet50"])
+def test_published_weights_that_do_not_fit_are_listed_and_nothing_is_copied(name, peers, published):
+    weights = dict(peers(name).state_dict())
+    before = published(name).state().digest()
+    bias = next(key for key in weights if key.startswith("classifier") and key.endswith("bias"))
+    first = next(key for key in weights if key.endswith("conv.weight"))
+    weights[bias] = torch.zeros(7)
     weights["extra.weight"] = torch.zeros(1)
-    del weights["first_conv.conv.weight"]
+    weights["extra.num_batches_tracked"] = torch.tensor(1)
+    del weights[first]
     with pytest.raises(CheckpointError) as caught:
-        load_published_weights(published, weights)
-    for part in ("missing first_conv.conv.weight", "unknown extra.weight", "expected shape (1000,), found (7,)"):
+        load_published_weights(published(name), weights)
+    for part in (
+        f"missing {first}",
+        "unknown extra.num_batches_tracked, extra.weight",
+        f"misshapen {bias} (expected shape (1000,), found (7,))",
+        "4 problems",
+    ):
         assert part in str(caught.value)
-    assert published.state().digest() == before
+    assert published(name).state().digest() == before
 
 
 @settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @given(seeds)
-def test_changing_the_ordering_leaves_the_largest_subnet_unchanged(seed):
+def test_changing_the_ordering_leaves_the_largest_subnet_unchanged(spec, seed):
     for norm in ("group", "batch"):
-        supernet = build_supernet(seed % 7, norm=norm, shuffled=False).eval()
-        shuffled = build_supernet(seed % 7, norm=norm, shuffled=True).eval()
+        supernet = build_supernet(seed % 7, norm=norm, shuffled=False, spec=spec).eval()
+        shuffled = build_supernet(seed % 7, norm=norm, shuffled=True, spec=spec).eval()
         shuffled.set_ordering(
             channel_ordering(shuffled.network_spec(shuffled.space.largest()), shuffled.state().tensors)
         )
@@ -124,6 +216,6 @@ def test_importance_keeps_the_channels_that_matter():
         torch.testing.assert_close(supernet(x, narrow), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_spec_round_trips_through_json():
-    spec = MobileNetV3Spec()
-    assert MobileNetV3Spec.from_json(spec.to_json()) == spec
+@pytest.mark.parametrize("spec", [*PUBLISHED.values(), *SPECS.values()])
+def test_a_spec_round_trips_through_json(spec):
+    assert type(spec).from_json(spec.to_json()) == spec

@@ -3,26 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from cohorts import SPEC, seeds
+from cohorts import SPECS, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedofa.supernet.families import two_conv_cnn
+from fedofa.supernet.families import build_elastic, two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
-from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
+from fedofa.supernet.published import PUBLISHED
 
 SUPERNETS = {
-    (norm, dropout): MobileNetV3Supernet(
-        MobileNetV3Spec.from_json({**SPEC.to_json(), "norm": norm, "dropout": dropout}),
-        torch.Generator().manual_seed(0),
+    (family, norm, dropout): build_elastic(
+        type(spec).from_json({**spec.to_json(), "norm": norm, "dropout": dropout}), torch.Generator().manual_seed(0)
     )
+    for family, spec in SPECS.items()
     for norm in ("group", "batch")
     for dropout in (0.0, 0.1)
 }
 variants = st.sampled_from(sorted(SUPERNETS))
-some = settings(max_examples=20, deadline=None)
+some = settings(max_examples=30, deadline=None)
 
 
 def kept_elements(model: nn.Module, x: torch.Tensor) -> int:
@@ -78,6 +79,19 @@ def test_blocks_are_the_modules_in_forward_order_with_their_sizes(variant, seed)
         names = [f"{cost.name}.{name}" for name, _ in model.get_submodule(cost.name).named_parameters()]
         assert sorted(item.name for item in cost.parameters) == sorted(names)
         assert cost.widest_elements >= cost.input_elements
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_macs_and_parameters_of_published_sizes_are_torchs(name):
+    """On the meta device, so that size costs nothing."""
+    supernet, rng = build_elastic(PUBLISHED[name]), np.random.default_rng(0)
+    space = supernet.space
+    for subnet in (space.largest(), space.smallest(), *(space.sample(rng) for _ in range(3))):
+        model, costs, side = supernet.skeleton(subnet).eval(), supernet.block_costs(subnet), supernet.resolution(subnet)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, side, side, device="meta"))
+        assert sum(cost.macs for cost in costs) == counter.get_total_flops() // 2
+        assert sum(cost.num_parameters for cost in costs) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_published_largest_and_smallest_subnets_cost_what_the_paper_says():

@@ -52,7 +52,7 @@ def test_the_small_cnn_has_the_parameters_it_says():
     ("change", "message"),
     [
         ({"family": "mobilenet_v2"}, r"supernet\.family: unknown family 'mobilenet_v2'.*did you mean 'mobilenet_v3'"),
-        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, fixed"),
+        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, fixed"),
         ({"family": ["fixed"]}, r"supernet\.family: unknown family"),
         ({"widht": 3}, r"unknown settings \['widht'\]"),
     ],
