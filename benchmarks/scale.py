@@ -1,6 +1,6 @@
 """Seconds a round and peak memory against cohort and fleet size: `python benchmarks/scale.py --picture scale.png`.
 
-Every row is a federation in a fresh process: unlike devices, digits, 10 local steps of 4 examples whatever a client
+Every row is a federation in a fresh process: unlike devices, digits, 5 local steps of 4 examples whatever a client
 holds, so that rows differ in nothing but the sizes. First the cohort grows, with 1000 clients; then the number of
 clients, with one cohort size and the same examples shared among more. Seconds are medians over the rounds without the
 first (a warm-up) and the last (which scores the subnets); CPU seconds are those of the server and all workers.
@@ -35,7 +35,7 @@ from server.grid import InProcessGrid
 from server.resources import held_bytes
 
 _SETTINGS = (
-    "partition=iid", "finetune.max_steps=10", "finetune.batch_size=4",
+    "partition=iid", "finetune.max_steps=5", "finetune.batch_size=4",
     "fleet.classes.sensor_board.memory_bytes=1e9",  # no subnet then depends on how much data a client holds
 )  # fmt: skip
 _SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -175,13 +175,13 @@ def main() -> None:
     if options.rounds < 3 or min(len(options.cohorts), len(options.fleets)) < 2:
         parser.error("expected at least 3 rounds, 2 cohorts and 2 fleets")
     if options.row:
-        run_row(*options.row, options.rounds, options.cache)
+        num_clients, cohort = options.row
+        run_row(num_clients, cohort, options.rounds, options.cache)
         return
     print_machine()
     print_load("at the start")
-    print(
-        f"{'clients':>8}{'cohort':>8}{'enrolment s':>14}{'round wall s':>14}{'round CPU s':>13}{'server MiB':>12}{'all MiB':>10}"
-    )
+    print(f"{'':16}{'enrolment':>14}{'round, wall':>14}{'round, CPU':>13}{'server':>12}{'all':>10}")
+    print(f"{'clients':>8}{'cohort':>8}{'seconds':>14}{'seconds':>14}{'seconds':>13}{'MiB':>12}{'MiB':>10}")
     with tempfile.TemporaryDirectory() as folder:
         cache = options.cache or folder
         sizes = [*((1000, cohort) for cohort in options.cohorts), *((fleet, 50) for fleet in options.fleets)]
