@@ -32,7 +32,7 @@ from server.checkpoint import replace_file
 from server.federation import build_parts
 from server.fleet import FleetPlan
 from server.grid import InProcessGrid
-from server.resources import held_bytes
+from server.resources import memory_file_bytes, resident_bytes, tree_usage
 
 _SETTINGS = (
     "partition=iid", "finetune.max_steps=5", "finetune.batch_size=4",
@@ -81,12 +81,14 @@ def run_row(num_clients: int, cohort: int, num_rounds: int, cache_dir: str) -> N
         strategy.observers.append(clock)
         began = time.perf_counter()
         strategy.start(grid, num_rounds=num_rounds)
+        summed_peak_bytes = tree_usage()[1]
     rounds = clock.engine_rounds[1:-1]
     facts = {
         "enrol_seconds": clock.planned - began,
         "wall_seconds": statistics.median(usage.wall_seconds for usage in rounds),
         "cpu_seconds": statistics.median(usage.cpu_seconds for usage in rounds),
         "peak_bytes": _peak_bytes(),
+        "summed_peak_bytes": summed_peak_bytes,
     }
     print(json.dumps(facts))
 
@@ -99,14 +101,15 @@ def measure(num_clients: int, cohort: int, num_rounds: int, cache_dir: str) -> R
     environment = {**os.environ, **_SINGLE_THREAD}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         while process.poll() is None:
-            own_files, everything = held_bytes(process.pid)
-            files, tree = max(files, own_files), max(tree, everything)
+            own_files, all_files = memory_file_bytes(process.pid)
+            files, tree = max(files, own_files), max(tree, all_files + resident_bytes(process.pid))
             time.sleep(_SAMPLE_SECONDS)
         output = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"the row of {num_clients} clients, cohort {cohort}, ended with code {process.returncode}")
     facts = json.loads(output.splitlines()[-1])
     server_bytes = facts.pop("peak_bytes") + files
+    del facts["summed_peak_bytes"]  # it counts what workers share in each of them
     return Row(num_clients, cohort, **facts, server_bytes=server_bytes, tree_bytes=tree)
 
 

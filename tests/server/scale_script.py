@@ -1,7 +1,7 @@
 """A server with 8 M-parameter replies, in a process of its own: `python scale_script.py NUM_CLIENTS COHORT KIND`.
 
 KIND is "equal" (every client trains the largest subnet) or "unlike" (nearly every client has another subnet). Prints
-one JSON line: what was folded and the peak resident memory of this process.
+one JSON line: what was folded and the peak resident memory of this process, and of all its workers too.
 """
 
 import json
@@ -22,6 +22,7 @@ from fedofa.search.fit import FitSearch
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from server.checkpoint import CheckpointStore
 from server.grid import InProcessGrid
+from server.resources import tree_usage
 from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
@@ -78,6 +79,7 @@ def main(num_clients: int, cohort: int, kind: str) -> None:
     ):
         strategy = build_strategy(cohort, Path(folder))
         strategy.start(grid, num_rounds=NUM_ROUNDS)
+        summed_peak_bytes = tree_usage()[1]
         rounds = strategy.log.read()
         largest = strategy.supernet.slice_map(strategy.supernet.space.largest())
     facts = {
@@ -87,6 +89,7 @@ def main(num_clients: int, cohort: int, kind: str) -> None:
         "distinct_subnets": [len({item["subnet"] for item in record["cohort"]}) for record in rounds],
         "seconds": [record["wall_seconds"] for record in rounds],
         "peak_bytes": peak_bytes(),
+        "summed_peak_bytes": summed_peak_bytes,
     }
     print(json.dumps(facts))
 
