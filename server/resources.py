@@ -55,19 +55,22 @@ def tree_usage() -> tuple[float, int]:
     return seconds, peak
 
 
-def held_bytes(root: int) -> tuple[int, int]:
-    """Memory that a process holds now, and with all its descendants: (its own memory files, everything of all).
+def memory_file_bytes(root: int) -> tuple[int, int]:
+    """Memory files that a process holds now, and that it and all its descendants hold; one held by two counts once.
 
-    Everything is resident memory, where pages that several processes share count once, and memory files, which are in
-    no process's resident memory unless it maps them. Linux only; `root` must live.
+    They are in no process's resident memory unless it maps them. Linux only; `root` must live.
     """
     sizes: dict[int, int] = {}
-    pids = descendants(root)
     _add_memory_files(root, sizes)
-    own_files = sum(sizes.values())
-    for pid in pids:
+    own = sum(sizes.values())
+    for pid in descendants(root):
         _add_memory_files(pid, sizes)
-    return own_files, sum(sizes.values()) + sum(map(_proportional_bytes, pids))
+    return own, sum(sizes.values())
+
+
+def resident_bytes(root: int) -> int:
+    """Resident memory of a process and all its descendants now; pages that several of them share count once."""
+    return sum(map(_proportional_bytes, descendants(root)))
 
 
 def _add_memory_files(pid: int, sizes: dict[int, int]) -> None:
