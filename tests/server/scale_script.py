@@ -22,6 +22,7 @@ from fedofa.search.fit import FitSearch
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from server.checkpoint import CheckpointStore
 from server.grid import InProcessGrid
+from server.planning import Planner
 from server.resources import tree_usage
 from server.rounds import RoundLog
 from server.scoring import Scorer
@@ -31,27 +32,28 @@ NUM_ROUNDS = 2
 NUM_WORKERS = 2
 
 
-def build_strategy(cohort: int, folder: Path) -> FedOFA:
+def build_strategy(num_clients: int, cohort: int, folder: Path) -> FedOFA:
     spec = MobileNetV3Spec(
         in_channels=1, num_classes=10, final_width=1664, feature_width=1664, resolutions=(32,), norm="group"
     )
     supernet = MobileNetV3Supernet(spec, torch.Generator().manual_seed(0))
     plan_of = partial(build_plan, "full", recompute=False, statistics="batch")
     images, labels = np.zeros((2, 1, 32, 32), np.uint8), np.zeros(2, np.int64)
+    search = FitSearch(supernet.space, supernet.block_costs, [[plan_of]], AnalyticCostModel())
     settings = FederationSettings(
         seed=0,
         clients_per_round=cohort,
-        round_seconds=1e6,
         max_in_flight=NUM_WORKERS + 2,
         reply_seconds=300,
+        num_clients=num_clients,
+        join_seconds=0,
         evaluate_every=NUM_ROUNDS,
         float_dtype="float32",
     )
     return FedOFA(
         supernet=supernet,
         state=supernet.state(),
-        search=FitSearch(supernet.space, supernet.block_costs, [[plan_of]], AnalyticCostModel()),
-        training=LocalTraining(),
+        planner=Planner(search, LocalTraining(), round_seconds=1e6, float_dtype="float32"),
         optimiser=Momentum(1.0, 0.9),
         scorer=Scorer(
             supernet, Examples(images, labels), Examples(images[:0], labels[:0]), {"mean": [0.5], "std": [0.5]}
@@ -77,7 +79,7 @@ def main(num_clients: int, cohort: int, kind: str) -> None:
             "scale_apps:app", num_nodes=num_clients, run_config={"kind": kind}, num_workers=NUM_WORKERS
         ) as grid,
     ):
-        strategy = build_strategy(cohort, Path(folder))
+        strategy = build_strategy(num_clients, cohort, Path(folder))
         strategy.start(grid, num_rounds=NUM_ROUNDS)
         summed_peak_bytes = tree_usage()[1]
         rounds = strategy.log.read()
