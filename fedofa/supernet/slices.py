@@ -206,7 +206,8 @@ def build_slice_map(
         depthwise = item.name.removesuffix(".conv.weight")
         kernel = None
         if len(item.shape) == 4 and item.shape[-1] != source.shape[-1]:
-            kernel = KernelTransform.between(depthwise, kernels, item.shape[-1])
+            sizes = [size for size in kernels if size <= source.shape[-1]]
+            kernel = KernelTransform.between(depthwise, sizes, item.shape[-1])
             index = (*index[:2], slice(None), slice(None))
         slices.append(TensorSlice(item.name, item.shape, source.shape, index, kernel, item.role))
     return SliceMap(slices)
