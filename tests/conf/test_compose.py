@@ -7,7 +7,9 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import DeviceClassConf, SimulateConf, StageConf
+from conf.schema import BlockConf, DeviceClassConf, MobileNetV3Conf, SimulateConf, StageConf
+from fedofa.supernet.families import build_supernet
+from fedofa.supernet.pretrained import READY_MADE
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))
@@ -40,10 +42,13 @@ def test_every_group_has_options():
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
 def test_every_option_composes_and_takes_effect(group, name):
     given = OmegaConf.load(ROOT / group / f"{name}.yaml")
-    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}"]))))
-    for key, value in given.items():
-        if key != "defaults" and not OmegaConf.is_interpolation(given, key):
-            assert OmegaConf.select(found, f"{group}.{key}") == value
+    asked = [f"{group}.{key}=null" for key in given if OmegaConf.is_missing(given, key)]
+    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}", *asked]))))
+    if "blocks" in given:
+        given.blocks = [OmegaConf.to_container(OmegaConf.merge(BlockConf, block)) for block in given.blocks]
+    for key in given:
+        if key != "defaults" and not OmegaConf.is_interpolation(given, key) and not OmegaConf.is_missing(given, key):
+            assert OmegaConf.select(found, f"{group}.{key}") == given[key]
 
 
 @pytest.mark.parametrize("path", YAML, ids=str)
@@ -73,8 +78,10 @@ def dotted(node: DictConfig | ListConfig, prefix: str) -> list[str]:
 def test_every_setting_of_the_schema_has_a_value():
     container = OmegaConf.to_container(OmegaConf.structured(compose_conf()), throw_on_missing=True)
     given = set(flat(container, ""))
-    fixed_only = {"supernet.module"}
-    assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - fixed_only <= given
+    others = {key for key in known_keys() if key.startswith("supernet.")} - {
+        f"supernet.{name}" for name in MobileNetV3Conf.__dataclass_fields__
+    }
+    assert known_keys() - {key.rpartition(".")[0] for key in known_keys()} - others <= given
 
 
 def flat(value: dict, prefix: str) -> list[str]:
@@ -131,7 +138,10 @@ def test_an_unknown_option_lists_the_groups_options(group):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("supernet.family=resnet", r"supernet.family: expected one of ['fixed', 'mobilenet_v3'], found 'resnet'"),
+        (
+            "supernet.family=resnet",
+            r"supernet.family: expected one of ['chain', 'fixed', 'mobilenet_v3'], found 'resnet'",
+        ),
         ("~rounds", "settings without a value: rounds; give them as key=value"),
         ("seed=???", "settings without a value: seed; give them as key=value"),
         ("~supernet.norm", "settings without a value: supernet.norm; give them as key=value"),
@@ -187,6 +197,18 @@ def test_a_change_to_a_loaded_configuration_stays_with_its_owner():
 def test_a_run_config_that_cannot_be_read_is_refused(run_config):
     with pytest.raises(ConfigError):
         load_conf(run_config)
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_the_presets_of_pretrained_networks_describe_them(name):
+    settings = compose_conf([f"supernet={name}", "supernet.pretrained=timm:some.tag_in1k"]).supernet
+    assert settings.pop("pretrained") == "timm:some.tag_in1k"
+    assert build_supernet(settings).spec == READY_MADE[name]  # type: ignore[attr-defined]
+
+
+def test_where_pretrained_weights_come_from_is_said_or_asked_for():
+    assert compose_conf(["supernet=efficientnet_lite0"]).supernet["pretrained"] is True
+    assert refused("supernet=mobilenet_v2") == ("settings without a value: supernet.pretrained; give them as key=value")
 
 
 def test_a_group_set_to_null_is_refused():

@@ -27,9 +27,7 @@ CHAIN = {
 }
 SMALL = {"family": "mobilenet_v3", **SPEC.to_json()}
 FIXED = {"family": "fixed", "module": "two_conv_cnn", "num_classes": 7, "input_shape": [3, 32, 32]}
-FAMILIES = pytest.mark.parametrize(
-    "description", [SMALL, CHAIN, FIXED], ids=["mobilenet_v3", "chain", "fixed"]
-)
+FAMILIES = pytest.mark.parametrize("description", [SMALL, CHAIN, FIXED], ids=["mobilenet_v3", "chain", "fixed"])
 
 
 @FAMILIES
@@ -69,7 +67,10 @@ def test_the_small_cnn_has_the_parameters_it_says():
     ("change", "message"),
     [
         ({"family": "mobilenet_v2"}, r"supernet\.family: unknown family 'mobilenet_v2'.*did you mean 'mobilenet_v3'"),
-        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, chain, fixed"),
+        (
+            {"family": None},
+            r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, chain, fixed",
+        ),
         ({"family": ["fixed"]}, r"supernet\.family: unknown family"),
         ({"widht": 3}, r"unknown settings \['widht'\]"),
     ],

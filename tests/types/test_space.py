@@ -149,7 +149,9 @@ def test_what_an_absent_position_was_given_makes_no_difference():
     assert a != SPACE.subnet(depth=2, kernel=[3, 5], resolution=16)
 
 
-LIMITED = SearchSpace("limited", (Axis("depth", (1, 2, 3), (None, None), limits=(3, 2)), Axis.free("width", (8, 16), 1)))
+LIMITED = SearchSpace(
+    "limited", (Axis("depth", (1, 2, 3), (None, None), limits=(3, 2)), Axis.free("width", (8, 16), 1))
+)
 
 
 def test_positions_may_take_fewer_values_than_their_axis_has():
@@ -162,7 +164,9 @@ def test_positions_may_take_fewer_values_than_their_axis_has():
         LIMITED.subnet(depth=[3, 3])
     with pytest.raises(SpaceError, match=r"'depth', position 0: 4 is not allowed"):
         LIMITED.subnet(depth=4)
-    with pytest.raises(SpaceError, match=r"position 1: index 2 is not allowed; allowed are 0 to 1, the values \[1, 2\]"):
+    with pytest.raises(
+        SpaceError, match=r"position 1: index 2 is not allowed; allowed are 0 to 1, the values \[1, 2\]"
+    ):
         LIMITED.check(SubnetConfig("limited", (("depth", (2, 2)), ("width", (0,)))))
 
 
