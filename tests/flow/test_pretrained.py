@@ -1,4 +1,4 @@
-"""`fedofa simulate` from the weights of a described chain: they are where the run starts, and only the plan changes them."""
+"""`fedofa simulate` from the weights of a described chain: where the run starts, and what only the plan changes."""
 
 import json
 import os

@@ -124,13 +124,13 @@ def flat_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's MobileNetV2 names as older files have them: one sequence a block."""
     flat = {}
     for key, value in weights.items():
-        parts = key.split(".")
+        parts, name = key.split("."), key
         if parts[2:3] == ["conv"]:
             pairs = 2 if f"features.{parts[1]}.conv.1.0.weight" in weights else 1  # of convolution, norm and activation
             nested = parts[4].isdigit()
             place = 3 * int(parts[3]) + int(parts[4]) if nested else int(parts[3]) + 2 * pairs
-            key = ".".join([*parts[:3], str(place), *parts[5 if nested else 4 :]])
-        flat[key] = value
+            name = ".".join([*parts[:3], str(place), *parts[5 if nested else 4 :]])
+        flat[name] = value
     return flat
 
 

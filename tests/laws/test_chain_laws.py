@@ -1,4 +1,4 @@
-"""Law 2 on a described chain, whose stages differ in length and whose blocks differ in kernel; matrices off the identity."""
+"""Law 2 on a described chain: stages of unlike length, blocks of unlike kernel, matrices away from the identity."""
 
 import numpy as np
 import torch

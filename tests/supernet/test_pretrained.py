@@ -1,4 +1,4 @@
-"""Pretrained networks as supernets: the largest subnet is the network, the others are cut from it, bad files are refused."""
+"""Pretrained networks as supernets: the largest subnet is the network, bad files and names are refused."""
 
 import importlib.util
 import json
