@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
@@ -172,6 +172,42 @@ class ResNetConf:
 
 
 @dataclass
+class BlockConf:
+    """One block of a described chain (see fedofa.supernet.chain)."""
+
+    width: int = MISSING
+    kernel: int = 3
+    expand: float = 1.0
+    stride: int = 1
+    kind: str = "mbconv"  # "mbconv" | "residual"
+
+
+@dataclass
+class ChainConf:
+    """A described chain and what is elastic in it; image channels and classes come from the data."""
+
+    family: str = "chain"
+    pretrained: Any = MISSING  # true: the network's own | file | timm:<model> | hf:<repository> | null: random
+    blocks: list[BlockConf] = MISSING
+    stem_width: int = MISSING
+    stem_kernel: int = 3
+    stem_stride: int = MISSING
+    stem_pool: bool = False
+    feature_width: int = MISSING  # 0: none
+    activation: str = MISSING
+    padding: str = "symmetric"  # "symmetric" | "tensorflow"
+    kernels: list[int] = MISSING
+    fractions: list[float] = MISSING  # of a block's inner channels that a subnet may keep
+    min_depth: int = 1
+    resolutions: list[int] = MISSING
+    norm: str = MISSING  # "group" | "batch"
+    norm_eps: float = MISSING
+    dropout: float = MISSING
+    mean: list[float] = field(default_factory=list)  # of pixels in [0, 1], that the weights expect; []: the data's own
+    std: list[float] = field(default_factory=list)
+
+
+@dataclass
 class FixedConf:
     """One network for every client."""
 
@@ -183,6 +219,7 @@ SUPERNETS: dict[str, type] = {
     "mobilenet_v3": MobileNetV3Conf,
     "proxyless": ProxylessConf,
     "resnet": ResNetConf,
+    "chain": ChainConf,
     "fixed": FixedConf,
 }
 

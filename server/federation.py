@@ -21,7 +21,9 @@ from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.families import build_supernet
+from fedofa.supernet.pretrained import start_from
 from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
@@ -101,13 +103,14 @@ def build_parts(conf: SimulateConf) -> Parts:
     optimiser = build_optimiser(conf.aggregation)
     data = federation(conf)
     images = data.image_set
-    supernet = build_supernet(_description(conf, data), torch.Generator().manual_seed(conf.seed))
+    supernet = _build_supernet(_description(conf, data), torch.Generator().manual_seed(conf.seed))
     plans = _plans(conf.finetune)
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):
         plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
     search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
-    normalisation = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    normalisation = supernet.normalisation or own
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation)
     return Parts(conf, data, supernet, search, training, optimiser, scorer)
 
@@ -185,6 +188,17 @@ def _description(conf: SimulateConf, data: FederatedData) -> dict[str, Any]:
     if settings["family"] == "fixed":
         return {**settings, "input_shape": [channels, height, width]}
     return {**settings, "in_channels": channels}
+
+
+def _build_supernet(description: dict[str, Any], generator: torch.Generator) -> Supernet:
+    """The supernet with its first weights: pretrained where the description says so, else drawn."""
+    pretrained = description.pop("pretrained", None)
+    if not pretrained:
+        return build_supernet(description, generator)
+    structure = build_supernet(description)
+    if not isinstance(structure, ChainSupernet):
+        raise ConfigError(f"supernet.pretrained: expected the family 'chain', found {description['family']!r}")
+    return start_from(structure.spec, pretrained, generator)
 
 
 def _plans(conf: FinetuneConf) -> list[list[PlanOf]]:

@@ -49,6 +49,10 @@ class Supernet(nn.Module, ABC):
         space: the search space.
         network: the largest network, which holds the shared weights under their shared names.
         kernels: the elastic depthwise kernel sizes, empty where kernels are not elastic.
+
+    Attributes:
+        normalisation: per-channel "mean" and "std" (of pixels scaled to [0, 1]) that the weights were trained with and
+            inputs must be normalised by; None where the data's own serve.
     """
 
     def __init__(self, space: SearchSpace, network: nn.Module, kernels: Sequence[int] = ()) -> None:
@@ -57,6 +61,7 @@ class Supernet(nn.Module, ABC):
         self.network = network
         self.kernels = tuple(kernels)
         self.ordering: dict[str, np.ndarray] = {}
+        self.normalisation: dict[str, list[float]] | None = None
         self._slice_maps: dict[SubnetConfig, SliceMap] = {}
         self._slices: dict[tuple[str, tuple[int, ...]], TensorSlice] = {}  # by name and shape: subnets have many alike
 

@@ -15,6 +15,7 @@ from fedofa.supernet.network import (
     ParameterSpec,
     PartSpec,
     PoolSpec,
+    same_padding,
 )
 
 
@@ -52,8 +53,8 @@ class BlockCost:
 class _Tape:
     """Follows one example through a block's operations and notes which tensors stock autograd keeps.
 
-    A convolution keeps its input, a norm its input and its statistics, ReLU its result, hard swish and hard sigmoid
-    their input, a product both factors. A tensor kept twice counts once.
+    A convolution keeps its input (padded, where that is done before it), a norm its input and its statistics, ReLU its
+    result, hard swish and hard sigmoid their input, a product both factors. A tensor kept twice counts once.
     """
 
     norm: str
@@ -71,7 +72,8 @@ class _Tape:
     def conv(self, x: int, spec: ConvSpec, side: int) -> tuple[int, int]:
         """Convolution, norm, activation on a square map; returns the result's number and side."""
         out_side = -(-side // spec.stride)
-        self.kept.add(x)
+        zeros = sum(same_padding(side, spec.kernel, spec.stride)) if spec.pads else 0
+        self.kept.add(self.tensor(spec.in_channels * (side + zeros) ** 2) if zeros else x)
         fan_in = 1 if spec.depthwise else spec.in_channels
         self.macs += out_side**2 * spec.out_channels * fan_in * spec.kernel**2
         y = self.tensor(spec.out_channels * out_side**2)
@@ -118,8 +120,9 @@ def _bottleneck(tape: _Tape, block: BottleneckSpec, x: int, side: int) -> tuple[
     y, out_side = tape.conv(y, block.spatial, side)
     y, _ = tape.conv(y, block.project, out_side)
     if block.downsample is not None:
-        pooled = x if block.stride == 1 else tape.tensor(block.in_channels * out_side**2)
-        tape.conv(pooled, block.downsample, out_side)
+        if block.averages and block.stride > 1:
+            x, side = tape.tensor(block.in_channels * out_side**2), out_side
+        tape.conv(x, block.downsample, side)
     return tape.activation(tape.tensor(tape.sizes[y]), block.activation), out_side
 
 
@@ -159,7 +162,7 @@ def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
         if _is_mean(part):
             side = 1
             continue
-        own_output = spec.dropout > 0 if following is None else _is_mean(following)
+        own_output = spec.dropout > 0 if following is None else _is_mean(following) or _pads(following)
         cost, side = _part_cost(part, spec.norm, channels, side, own_output)
         channels = part.out_channels if not isinstance(part, PoolSpec) else channels
         costs.append(cost)
@@ -171,6 +174,12 @@ def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
 
 def _is_mean(part: PartSpec) -> bool:
     return isinstance(part, PoolSpec) and part.kind == "mean"
+
+
+def _pads(part: PartSpec) -> bool:
+    """Whether the part keeps a padded copy of its input, not the input."""
+    first = part.depthwise if isinstance(part, MBConvSpec) and not part.expands else part
+    return isinstance(first, ConvSpec) and first.pads
 
 
 def in_backward(blocks: Sequence[BlockCost], trainable: Collection[str]) -> Sequence[BlockCost]:

@@ -156,9 +156,10 @@ class ElasticSupernet(Supernet, ABC):
 def _register_matrices(network: nn.Module, spec: NetworkSpec, kernels: Sequence[int]) -> None:
     """Give every elastic depthwise convolution its transform matrices, on the meta device."""
     for block in spec.blocks:
-        if isinstance(block, MBConvSpec) and block.expands:
+        if isinstance(block, MBConvSpec) and block.expands and block.kernel in kernels:
             depthwise = network.get_submodule(block.depthwise.name)
-            for source, target in itertools.pairwise(sorted(kernels, reverse=True)):
+            sizes = (size for size in sorted(kernels, reverse=True) if size <= block.kernel)
+            for source, target in itertools.pairwise(sizes):
                 matrix = nn.Parameter(torch.empty(target**2, target**2, device="meta"))
                 depthwise.register_parameter(matrix_name("", source, target).removeprefix("."), matrix)
 

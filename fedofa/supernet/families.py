@@ -11,6 +11,7 @@ from torch import nn
 
 from fedofa.supernet import fixed
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.chain import ChainSpec, ChainSupernet
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
@@ -43,6 +44,7 @@ _ELASTIC: dict[str, tuple[type[ElasticSpec], type[ElasticSupernet]]] = {
     MobileNetV3Spec.family: (MobileNetV3Spec, MobileNetV3Supernet),
     ProxylessSpec.family: (ProxylessSpec, ProxylessSupernet),
     ResNetSpec.family: (ResNetSpec, ResNetSupernet),
+    ChainSpec.family: (ChainSpec, ChainSupernet),
 }
 FAMILIES = (*_ELASTIC, fixed.FAMILY)
 

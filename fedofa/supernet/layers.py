@@ -10,6 +10,7 @@ from collections import OrderedDict
 from functools import lru_cache
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
@@ -19,6 +20,7 @@ from fedofa.supernet.network import (
     NetworkSpec,
     PartSpec,
     PoolSpec,
+    same_padding,
 )
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -70,17 +72,33 @@ def build_norm(kind: str, channels: int, eps: float) -> nn.Module:
     return BatchNorm2d(channels, eps=eps, device="meta")
 
 
+class SamePad(nn.Module):
+    """Zeros around a map, as many as a convolution of that kernel and stride needs there (see `same_padding`)."""
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, channels, h, w)` to `(batch, channels, h + zeros, w + zeros)`."""
+        top, bottom = same_padding(x.shape[2], self.kernel, self.stride)
+        left, right = same_padding(x.shape[3], self.kernel, self.stride)
+        return functional.pad(x, (left, right, top, bottom)) if top + bottom + left + right else x
+
+
 class ConvNormAct(nn.Module):
-    """Convolution, norm, activation, plus its input; the last three where the spec has them."""
+    """Padding, convolution, norm, activation, plus its input; all but the convolution where the spec has them."""
 
     def __init__(self, spec: ConvSpec, norm: str, norm_eps: float) -> None:
         super().__init__()
+        self.pad = SamePad(spec.kernel, spec.stride) if spec.pads else None
         self.conv = Conv2d(
             spec.in_channels,
             spec.out_channels,
             spec.kernel,
             stride=spec.stride,
-            padding=spec.kernel // 2,
+            padding=0 if spec.pads else spec.kernel // 2,
             groups=spec.in_channels if spec.depthwise else 1,
             bias=spec.bias,
             device="meta",
@@ -91,7 +109,7 @@ class ConvNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` to `(batch, out_channels, ceil(h / stride), ceil(w / stride))`."""
-        y = self.conv(x)
+        y = self.conv(x if self.pad is None else self.pad(x))
         y = y if self.norm is None else self.norm(y)
         y = y if self.act is None else self.act(y)
         return x + y if self.residual else y
@@ -138,7 +156,8 @@ class Bottleneck(nn.Module):
         self.reduce = ConvNormAct(spec.reduce, norm, norm_eps)
         self.spatial = ConvNormAct(spec.spatial, norm, norm_eps)
         self.project = ConvNormAct(spec.project, norm, norm_eps)
-        self.pool = nn.AvgPool2d(spec.stride, ceil_mode=True) if spec.downsample and spec.stride > 1 else None
+        pools = spec.downsamples and spec.averages and spec.stride > 1
+        self.pool = nn.AvgPool2d(spec.stride, ceil_mode=True) if pools else None
         self.downsample = ConvNormAct(spec.downsample, norm, norm_eps) if spec.downsample else None
         self.act = build_activation(spec.activation)
 

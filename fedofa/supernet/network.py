@@ -14,6 +14,7 @@ from functools import lru_cache
 
 NORMS = ("group", "batch")
 ACTIVATIONS = ("relu", "relu6", "h_swish", "h_sigmoid")
+PADDINGS = ("symmetric", "tensorflow")
 GROUP_NORM_CHANNELS = 8
 """Channels a group: fixed, so that a subnet's groups are the first groups of the supernet (the norm nests)."""
 
@@ -22,6 +23,15 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
     """Round to a multiple of `divisor`, but never down by more than a tenth (the MobileNet convention)."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded if rounded >= 0.9 * channels else rounded + divisor
+
+
+def same_padding(side: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after a side with which a convolution gives `ceil(side / stride)` values, as TensorFlow does it.
+
+    Where their number is odd, the one more is after; at stride 1 an odd kernel has `kernel // 2` on both sides.
+    """
+    total = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+    return total // 2, total - total // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,8 @@ class ParameterSpec:
 class ConvSpec:
     """Convolution with "same" padding, then optionally a norm and an activation, and its input added with `residual`.
 
-    `in_group` and `out_group` name the channel groups that the channels belong to where they are elastic.
+    `in_group` and `out_group` name the channel groups that the channels belong to where they are elastic. `padding`
+    says where the zeros lie: "symmetric", `kernel // 2` on every side, or "tensorflow" (see `same_padding`).
     """
 
     name: str
@@ -65,6 +76,12 @@ class ConvSpec:
     in_group: str | None = None
     out_group: str | None = None
     residual: bool = False
+    padding: str = "symmetric"
+
+    @property
+    def pads(self) -> bool:
+        """Whether its input is padded before it, since a convolution's own padding is the same on every side."""
+        return self.padding == "tensorflow" and self.stride > 1
 
     def parameters(self, norm: str) -> Iterator[ParameterSpec]:
         """The convolution's weight and bias, then the norm's tensors."""
@@ -99,6 +116,7 @@ class MBConvSpec:
     activation: str
     squeeze_channels: int | None = None
     expands: bool = True
+    padding: str = "symmetric"
 
     @property
     def residual(self) -> bool:
@@ -136,6 +154,7 @@ class MBConvSpec:
             activation=self.activation,
             in_group=self.mid_group,
             out_group=self.mid_group,
+            padding=self.padding,
         )
 
     @property
@@ -191,7 +210,8 @@ class BottleneckSpec:
     """Residual bottleneck: 1x1 reduce, k x k, 1x1 project, plus the input, then the activation.
 
     With `downsamples` the input is averaged over `stride` x `stride` windows and sent through a 1x1 convolution before
-    it is added (ResNet-D, arXiv 1812.01187, section 4.2); without, input and output have the same shape.
+    it is added (ResNet-D, arXiv 1812.01187, section 4.2), or with `averages` False through a 1x1 convolution of that
+    stride (arXiv 1512.03385, option B); without, input and output have the same shape.
     """
 
     name: str
@@ -204,6 +224,8 @@ class BottleneckSpec:
     downsamples: bool
     in_group: str | None = None
     out_group: str | None = None
+    averages: bool = True
+    padding: str = "symmetric"
 
     @property
     def residual(self) -> bool:
@@ -234,6 +256,7 @@ class BottleneckSpec:
             activation=self.activation,
             in_group=f"{self.name}.mid",
             out_group=f"{self.name}.inner",
+            padding=self.padding,
         )
 
     @property
@@ -249,13 +272,14 @@ class BottleneckSpec:
 
     @property
     def downsample(self) -> ConvSpec | None:
-        """The linear 1x1 convolution of the averaged input."""
+        """The linear 1x1 convolution of the input, averaged or not."""
         if not self.downsamples:
             return None
         return ConvSpec(
             f"{self.name}.downsample",
             self.in_channels,
             self.out_channels,
+            stride=1 if self.averages else self.stride,
             in_group=self.in_group,
             out_group=self.out_group,
         )

@@ -8,7 +8,6 @@ A file holds `{"state_dict": {key: tensor}}`. Its keys are those of the package 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec
 from fedofa.supernet.proxyless import ProxylessSpec
 from fedofa.supernet.resnet import ResNetSpec
+from fedofa.supernet.weights_file import read_content
 from fedofa.types.errors import CheckpointError, ConfigError
 
 PublishedSpec = MobileNetV3Spec | ProxylessSpec | ResNetSpec
@@ -219,13 +219,7 @@ def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[
 
 def _read(path: Path) -> dict[str, Any]:
     """A file's `state_dict`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "expected a file of tensors that torch.load(weights_only=True) reads"
-        ) from error
+    content = read_content(path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__

@@ -199,7 +199,8 @@ def slice_tensor(
     )
     kernel = None
     if len(item.shape) == 4 and item.shape[-1] != shared.shape[-1]:
-        kernel = KernelTransform.between(item.name.removesuffix(".conv.weight"), kernels, item.shape[-1])
+        sizes = [size for size in kernels if size <= shared.shape[-1]]
+        kernel = KernelTransform.between(item.name.removesuffix(".conv.weight"), sizes, item.shape[-1])
         index = (*index[:2], slice(None), slice(None))
     return TensorSlice(item.name, item.shape, shared.shape, index, kernel, item.role)
 

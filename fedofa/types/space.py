@@ -94,12 +94,15 @@ class Axis:
         values: the allowed values in ascending order.
         controls: one entry a position; None where the position always exists.
         is_input: True for what changes the input rather than the network (resolution); not counted as a subnet.
+        limits: for each position how many of the values, from the smallest on, it may take (a stage of two blocks is
+            never deeper); empty where every position may take all.
     """
 
     name: str
     values: tuple[float, ...]
     controls: tuple[Control | None, ...]
     is_input: bool = False
+    limits: tuple[int, ...] = ()
 
     @classmethod
     def free(cls, name: str, values: Sequence[float], positions: int, *, is_input: bool = False) -> Axis:
@@ -109,6 +112,19 @@ class Axis:
     def __post_init__(self) -> None:
         if not self.values or list(self.values) != sorted(set(self.values)):
             raise SpaceError(f"axis {self.name!r}: values must be distinct and ascending, found {list(self.values)}")
+        most = len(self.values)
+        if self.limits and not (len(self.limits) == len(self.controls) and all(1 <= n <= most for n in self.limits)):
+            raise SpaceError(
+                f"axis {self.name!r}: expected {len(self.controls)} limits from 1 to {most}, found {list(self.limits)}"
+            )
+
+    def choices(self, position: int) -> tuple[float, ...]:
+        """The values that the position may take, ascending."""
+        return self.values[: self.limits[position]] if self.limits else self.values
+
+    def nearest(self, value: float, position: int) -> float:
+        """An allowed value of the axis, or the largest that the position may take where that is less."""
+        return min(value, self.choices(position)[-1]) if value in self.values else value
 
 
 class SearchSpace:
@@ -137,6 +153,8 @@ class SearchSpace:
     def subnet(self, **values: float | Sequence[float]) -> SubnetConfig:
         """The subnet with these values; a scalar stands for every position, an axis left out takes its largest value.
 
+        A position that may not take a scalar, since it has fewer values, takes its own largest.
+
         Raises:
             SpaceError: naming axis, position and allowed values.
         """
@@ -145,7 +163,8 @@ class SearchSpace:
             self.axis(name)
         for axis in self.axes:
             given = values.get(axis.name, axis.values[-1])
-            row = list(given) if isinstance(given, Sequence) else [given] * len(axis.controls)
+            positions = range(len(axis.controls))
+            row = list(given) if isinstance(given, Sequence) else [axis.nearest(given, p) for p in positions]
             if len(row) != len(axis.controls):
                 raise SpaceError(
                     f"space {self.family!r}, axis {axis.name!r}: expected {len(axis.controls)} values "
@@ -155,10 +174,10 @@ class SearchSpace:
         return self._normalised(indices)
 
     def _index(self, axis: Axis, position: int, value: float) -> int:
-        if value not in axis.values:
+        if value not in axis.choices(position):
             raise SpaceError(
                 f"space {self.family!r}, axis {axis.name!r}, position {position}: {value!r} is not allowed; "
-                f"allowed values: {list(axis.values)}"
+                f"allowed values: {list(axis.choices(position))}"
             )
         return axis.values.index(value)
 
@@ -188,7 +207,10 @@ class SearchSpace:
     def sample(self, rng: np.random.Generator) -> SubnetConfig:
         """Every position drawn uniformly and independently, as Once-for-All samples subnets."""
         return self._normalised(
-            {axis.name: rng.integers(len(axis.values), size=len(axis.controls)).tolist() for axis in self.axes}
+            {
+                axis.name: rng.integers(axis.limits or len(axis.values), size=len(axis.controls)).tolist()
+                for axis in self.axes
+            }
         )
 
     def neighbours(self, subnet: SubnetConfig, rng: np.random.Generator) -> Iterator[SubnetConfig]:
@@ -199,7 +221,7 @@ class SearchSpace:
             for axis in self.axes
             for position, index in enumerate(subnet[axis.name])
             for step in (-1, 1)
-            if index != INACTIVE and 0 <= index + step < len(axis.values)
+            if index != INACTIVE and 0 <= index + step < len(axis.choices(position))
         ]
         for move in rng.permutation(len(moves)):
             axis, position, index = moves[move]
@@ -244,10 +266,11 @@ class SearchSpace:
             raise SpaceError(f"{where}: expected {len(axis.controls)} positions, found {len(row)}")
         for position, (index, control) in enumerate(zip(row, axis.controls, strict=True)):
             active = self._is_active(control, rows)
-            if active and not 0 <= index < len(axis.values):
+            allowed = axis.choices(position)
+            if active and not 0 <= index < len(allowed):
                 raise SpaceError(
                     f"{where}, position {position}: index {index} is not allowed; "
-                    f"allowed are 0 to {len(axis.values) - 1}, the values {list(axis.values)}"
+                    f"allowed are 0 to {len(allowed) - 1}, the values {list(allowed)}"
                 )
             if not active and index != INACTIVE:
                 raise SpaceError(
@@ -282,7 +305,7 @@ class SearchSpace:
         """Choices at one position times those at the positions that it controls, summed over its values."""
         children = self._children.get((axis.name, position), ())
         total = 0
-        for value in axis.values:
+        for value in axis.choices(position):
             product = 1
             for child, child_position, minimum in children:
                 if value >= minimum:

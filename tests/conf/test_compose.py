@@ -7,8 +7,9 @@ import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import SOURCES, DeviceClassConf, MobileNetV3Conf, ResidualStageConf, SimulateConf, StageConf
+from conf.schema import SOURCES, BlockConf, DeviceClassConf, MobileNetV3Conf, ResidualStageConf, SimulateConf, StageConf
 from fedofa.supernet.families import build_supernet
+from fedofa.supernet.pretrained import READY_MADE
 from fedofa.supernet.published import PUBLISHED
 from fedofa.types.errors import ConfigError
 
@@ -42,9 +43,12 @@ def test_every_group_has_options():
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
 def test_every_option_composes_and_takes_effect(group, name):
     given = OmegaConf.load(ROOT / group / f"{name}.yaml")
-    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}"]))))
+    asked = [f"{group}.{key}=null" for key in given if OmegaConf.is_missing(given, key)]
+    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}", *asked]))))
+    if "blocks" in given:
+        given.blocks = [OmegaConf.to_container(OmegaConf.merge(BlockConf, block)) for block in given.blocks]
     for key, value in leaves(OmegaConf.to_container(given), package(Path(group) / f"{name}.yaml")):
-        if "${" not in str(value):
+        if "${" not in str(value) and value != "???":
             assert OmegaConf.select(found, key) == value, key
 
 
@@ -164,7 +168,8 @@ def test_an_unknown_option_lists_the_groups_options(group):
     [
         (
             "supernet.family=resnext",
-            "supernet.family: expected one of ['fixed', 'mobilenet_v3', 'proxyless', 'resnet'], found 'resnext'",
+            "supernet.family: expected one of ['chain', 'fixed', 'mobilenet_v3', 'proxyless', 'resnet'], "
+            "found 'resnext'",
         ),
         ("~rounds", "settings without a value: rounds; give them as key=value"),
         ("seed=???", "settings without a value: seed; give them as key=value"),
@@ -236,6 +241,18 @@ def test_the_presets_of_published_spaces_build_them(preset, name):
     settings = compose_conf([f"supernet={preset}"]).supernet
     supernet = build_supernet({**settings, "in_channels": 3, "num_classes": 1000})
     assert supernet.spec == PUBLISHED[name]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_the_presets_of_pretrained_networks_describe_them(name):
+    settings = compose_conf([f"supernet={name}", "supernet.pretrained=timm:some.tag_in1k"]).supernet
+    assert settings.pop("pretrained") == "timm:some.tag_in1k"
+    assert build_supernet(settings).spec == READY_MADE[name]  # type: ignore[attr-defined]
+
+
+def test_where_pretrained_weights_come_from_is_said_or_asked_for():
+    assert compose_conf(["supernet=efficientnet_lite0"]).supernet["pretrained"] is True
+    assert refused("supernet=mobilenet_v2") == ("settings without a value: supernet.pretrained; give them as key=value")
 
 
 def test_a_group_set_to_null_is_refused():

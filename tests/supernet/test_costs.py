@@ -1,5 +1,7 @@
 """Counted costs against torch: its flop counter, its parameters, and what autograd is seen to keep."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
 from fedofa.supernet.families import build_elastic, two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
@@ -21,6 +24,35 @@ SUPERNETS = {
     for family, spec in SPECS.items()
     for norm in ("group", "batch")
     for dropout in (0.0, 0.1)
+}
+CHAIN = ChainSpec(
+    (
+        BlockSize(8, 3, 1, 2),  # keeps a padded copy of the stem's result
+        BlockSize(16, 5, 4, 2),
+        BlockSize(16, 5, 4),
+        BlockSize(32, 3, 0.5, 2, "residual"),
+        BlockSize(32, 3, 0.5, 1, "residual"),
+    ),
+    in_channels=1,
+    num_classes=5,
+    stem_width=8,
+    feature_width=0,
+    fractions=(0.5, 1.0),
+    padding="tensorflow",
+    resolutions=(16, 21),
+    dropout=0.0,
+)
+SUPERNETS |= {
+    (f"chain, {activation}, {norm}, {width} features, pool {pool}", 0.0): ChainSupernet(
+        replace(CHAIN, activation=activation, norm=norm, feature_width=width, stem_pool=pool),
+        torch.Generator().manual_seed(0),
+    )
+    for activation, norm, width, pool in (
+        ("relu6", "batch", 32, False),
+        ("relu", "batch", 0, False),
+        ("relu", "group", 0, True),
+        ("relu", "batch", 32, True),
+    )
 }
 variants = st.sampled_from(sorted(SUPERNETS))
 some = settings(max_examples=30, deadline=None)

@@ -6,13 +6,26 @@ import pytest
 import torch
 from cohorts import SPEC
 
+from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.families import build_supernet, two_conv_cnn
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.types.errors import ConfigError
 
+CHAIN = {
+    "family": "chain",
+    **ChainSpec(
+        (BlockSize(8), BlockSize(16, 5, 4, 2), BlockSize(16, 5, 4)),
+        in_channels=1,
+        num_classes=5,
+        stem_width=8,
+        feature_width=16,
+        mean=(0.5,),
+        std=(0.25,),
+    ).to_json(),
+}
 SMALL = {"family": "mobilenet_v3", **SPEC.to_json()}
 FIXED = {"family": "fixed", "module": "two_conv_cnn", "num_classes": 7, "input_shape": [3, 32, 32]}
-FAMILIES = pytest.mark.parametrize("description", [SMALL, FIXED], ids=["mobilenet_v3", "fixed"])
+FAMILIES = pytest.mark.parametrize("description", [SMALL, CHAIN, FIXED], ids=["mobilenet_v3", "chain", "fixed"])
 
 
 @FAMILIES
@@ -52,7 +65,10 @@ def test_the_small_cnn_has_the_parameters_it_says():
     ("change", "message"),
     [
         ({"family": "mobilenet_v2"}, r"supernet\.family: unknown family 'mobilenet_v2'.*did you mean 'mobilenet_v3'"),
-        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, fixed"),
+        (
+            {"family": None},
+            r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, chain, fixed",
+        ),
         ({"family": ["fixed"]}, r"supernet\.family: unknown family"),
         ({"widht": 3}, r"unknown settings \['widht'\]"),
     ],

