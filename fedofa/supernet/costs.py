@@ -6,7 +6,16 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from fedofa.supernet.network import GROUP_NORM_CHANNELS, ConvSpec, MBConvSpec, NetworkSpec, ParameterSpec
+from fedofa.supernet.network import (
+    GROUP_NORM_CHANNELS,
+    BottleneckSpec,
+    ConvSpec,
+    MBConvSpec,
+    NetworkSpec,
+    ParameterSpec,
+    PartSpec,
+    PoolSpec,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +25,8 @@ class BlockCost:
     Args:
         name: the block's name in the skeleton ("stem", "stages.1.0", "classifier").
         macs: multiply-accumulates of a forward pass.
-        saved_elements: fp32 values that stock autograd keeps for the backward pass when the block is in the graph.
+        saved_elements: fp32 values that stock autograd keeps for the backward pass when the block is in the graph. A
+            result that the next block keeps as its input is counted there.
         input_elements, output_elements: size of its input and output.
         widest_elements: size of the largest tensor inside.
         parameters: its trainable tensors.
@@ -71,60 +81,96 @@ class _Tape:
                 self.kept.add(self.tensor(2 * spec.out_channels // GROUP_NORM_CHANNELS))
             y = self.tensor(self.sizes[y])
         if spec.activation is not None:
-            result = self.tensor(self.sizes[y])
-            self.kept.add(result if spec.activation == "relu" else y)
-            y = result
+            y = self.activation(y, spec.activation)
         return y, out_side
 
-    def cost(self, name: str, x: int, y: int, parameters: Iterable[ParameterSpec]) -> BlockCost:
-        """Close the tape; `x` is the block's input and `y` its output."""
+    def activation(self, x: int, name: str) -> int:
+        """The activation's result; ReLU keeps it, the others their input."""
+        result = self.tensor(self.sizes[x])
+        self.kept.add(result if name == "relu" else x)
+        return result
+
+    def cost(self, name: str, x: int, y: int, parameters: Iterable[ParameterSpec], *, own_output: bool) -> BlockCost:
+        """Close the tape; `x` is the block's input, `y` its output, which counts here where no other block keeps it."""
         table = tuple(parameters)
         trainable = tuple(item for item in table if item.role != "statistic")
         statistics = sum(item.numel for item in table if item.role == "statistic")
-        saved = sum(self.sizes[number] for number in self.kept)
+        saved = sum(self.sizes[number] for number in self.kept if own_output or number != y)
         return BlockCost(name, self.macs, saved, self.sizes[x], self.sizes[y], self.widest, trainable, statistics)
 
 
-@lru_cache(maxsize=65536)
-def _mbconv_cost(block: MBConvSpec, norm: str, side: int) -> tuple[BlockCost, int]:
-    tape = _Tape(norm)
-    x = y = tape.tensor(block.in_channels * side**2)
+def _mbconv(tape: _Tape, block: MBConvSpec, x: int, side: int) -> tuple[int, int]:
+    y = x
     if block.expand is not None:
         y, _ = tape.conv(y, block.expand, side)
-    y, out_side = tape.conv(y, block.depthwise, side)
+    y, side = tape.conv(y, block.depthwise, side)
     if block.squeeze_excite is not None:
         reduce, expand = block.squeeze_excite
         gate, _ = tape.conv(tape.tensor(block.mid_channels), reduce, 1)
         gate, _ = tape.conv(gate, expand, 1)
         tape.kept |= {y, gate}
         y = tape.tensor(tape.sizes[y])
+    return tape.conv(y, block.project, side)
+
+
+def _bottleneck(tape: _Tape, block: BottleneckSpec, x: int, side: int) -> tuple[int, int]:
+    y, _ = tape.conv(x, block.reduce, side)
+    y, out_side = tape.conv(y, block.spatial, side)
     y, _ = tape.conv(y, block.project, out_side)
-    return tape.cost(block.name, x, y, block.parameters(norm)), out_side
+    if block.downsample is not None:
+        pooled = x if block.stride == 1 else tape.tensor(block.in_channels * out_side**2)
+        tape.conv(pooled, block.downsample, out_side)
+    return tape.activation(tape.tensor(tape.sizes[y]), block.activation), out_side
 
 
-@lru_cache(maxsize=4096)
-def _conv_cost(spec: ConvSpec, norm: str, side: int) -> tuple[BlockCost, int]:
+def _conv(tape: _Tape, spec: ConvSpec, x: int, side: int) -> tuple[int, int]:
+    y, side = tape.conv(x, spec, side)
+    return (tape.tensor(tape.sizes[y]) if spec.residual else y), side
+
+
+def _max_pool(tape: _Tape, channels: int, x: int, side: int) -> tuple[int, int]:
+    side = -(-side // 2)
+    y = tape.tensor(channels * side**2)
+    indices = tape.tensor(2 * channels * side**2)  # of 64 bits
+    tape.kept |= {x, indices}
+    return y, side
+
+
+@lru_cache(maxsize=65536)
+def _part_cost(part: PartSpec, norm: str, channels: int, side: int, own_output: bool) -> tuple[BlockCost, int]:
     tape = _Tape(norm)
-    x = tape.tensor(spec.in_channels * side**2)
-    y, out_side = tape.conv(x, spec, side)
-    return tape.cost(spec.name, x, y, spec.parameters(norm)), out_side
+    x = tape.tensor(channels * side**2)
+    match part:
+        case MBConvSpec():
+            y, side = _mbconv(tape, part, x, side)
+        case BottleneckSpec():
+            y, side = _bottleneck(tape, part, x, side)
+        case ConvSpec():
+            y, side = _conv(tape, part, x, side)
+        case PoolSpec():
+            y, side = _max_pool(tape, channels, x, side)
+    return tape.cost(part.name, x, y, part.parameters(norm), own_output=own_output), side
 
 
 def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
-    """The costs of every block of a network at its resolution, in order."""
-    costs = []
-    cost, side = _conv_cost(spec.stem, spec.norm, spec.resolution)
-    costs.append(cost)
-    for block in spec.blocks:
-        cost, side = _mbconv_cost(block, spec.norm, side)
+    """The costs of every block of a network at its resolution, in order; pooling to 1 x 1 is not among them."""
+    costs, channels, side = [], spec.in_channels, spec.resolution
+    for part, following in zip(spec.parts, (*spec.parts[1:], None), strict=True):
+        if _is_mean(part):
+            side = 1
+            continue
+        own_output = spec.dropout > 0 if following is None else _is_mean(following)
+        cost, side = _part_cost(part, spec.norm, channels, side, own_output)
+        channels = part.out_channels if not isinstance(part, PoolSpec) else channels
         costs.append(cost)
-    costs.append(_conv_cost(spec.final, spec.norm, side)[0])
-    costs.append(_conv_cost(spec.mix, spec.norm, 1)[0])
-    features = spec.mix.out_channels
-    kept = features if spec.dropout == 0 else 2 * features
-    head = tuple(spec.classifier_parameters())
-    costs.append(BlockCost("classifier", features * spec.num_classes, kept, features, spec.num_classes, features, head))
+    kept = spec.features if spec.dropout == 0 else 2 * spec.features
+    macs, head = spec.features * spec.num_classes, tuple(spec.classifier_parameters())
+    costs.append(BlockCost("classifier", macs, kept, spec.features, spec.num_classes, spec.features, head))
     return tuple(costs)
+
+
+def _is_mean(part: PartSpec) -> bool:
+    return isinstance(part, PoolSpec) and part.kind == "mean"
 
 
 def in_backward(blocks: Sequence[BlockCost], trainable: Collection[str]) -> Sequence[BlockCost]:

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedofa.supernet import fixed, mobilenet_v3
+from fedofa.supernet import fixed
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
+from fedofa.supernet.proxyless import ProxylessSpec, ProxylessSupernet
+from fedofa.supernet.resnet import ResNetSpec, ResNetSupernet
 from fedofa.types.errors import ConfigError, FedofaError
 
 
@@ -36,7 +39,12 @@ def two_conv_cnn(in_channels: int = 1, num_classes: int = 10, side: int = 28) ->
 MODULES: dict[str, Callable[..., nn.Module]] = {"two_conv_cnn": two_conv_cnn}
 """Modules that `FixedSupernet` descriptions may name; a name is data, so nothing is imported on a server's word."""
 
-FAMILIES = (mobilenet_v3.FAMILY, fixed.FAMILY)
+_ELASTIC: dict[str, tuple[type[ElasticSpec], type[ElasticSupernet]]] = {
+    MobileNetV3Spec.family: (MobileNetV3Spec, MobileNetV3Supernet),
+    ProxylessSpec.family: (ProxylessSpec, ProxylessSupernet),
+    ResNetSpec.family: (ResNetSpec, ResNetSupernet),
+}
+FAMILIES = (*_ELASTIC, fixed.FAMILY)
 
 
 def build_supernet(description: Mapping[str, Any], generator: torch.Generator | None = None) -> Supernet:
@@ -57,10 +65,15 @@ def build_supernet(description: Mapping[str, Any], generator: torch.Generator | 
         raise ConfigError(f"supernet: the settings are not understood: {type(error).__name__}: {error}") from error
 
 
+def build_elastic(spec: ElasticSpec, generator: torch.Generator | None = None) -> ElasticSupernet:
+    """The supernet of a spec, of the class of its family."""
+    return _ELASTIC[spec.family][1](spec, generator)
+
+
 def _build(settings: dict[str, Any], generator: torch.Generator | None) -> Supernet:
     family = _known("family", settings.pop("family", None), FAMILIES)
-    if family == mobilenet_v3.FAMILY:
-        return MobileNetV3Supernet(MobileNetV3Spec.from_json(settings), generator)
+    if family in _ELASTIC:
+        return build_elastic(_ELASTIC[family][0].from_json(settings), generator)
     module = _known("module", settings.pop("module", None), tuple(MODULES))
     channels, height, width = settings.pop("input_shape")
     if height != width:

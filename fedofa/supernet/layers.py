@@ -1,11 +1,22 @@
-"""The torch side of a `NetworkSpec`: plain layers, no elastic ones, named as the parameter table names them."""
+"""The torch side of a `NetworkSpec`: plain layers, no elastic ones, named as the parameter table names them.
+
+Every layer is made on torch's meta device: shapes and names, no memory. Its tensors are always given to it
+(`base.assemble`), so none of these layers draws initial values.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from fedofa.supernet.network import GROUP_NORM_CHANNELS, ConvSpec, MBConvSpec, NetworkSpec
+from fedofa.supernet.network import (
+    GROUP_NORM_CHANNELS,
+    BottleneckSpec,
+    ConvSpec,
+    MBConvSpec,
+    NetworkSpec,
+    PartSpec,
+    PoolSpec,
+)
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -20,21 +31,48 @@ def build_activation(name: str) -> nn.Module:
     return _ACTIVATIONS[name]()
 
 
+class Conv2d(nn.Conv2d):
+    """torch's convolution, made on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are given."""
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's batch norm, made on the meta device and without a step counter: its momentum is constant."""
+
+    def reset_parameters(self) -> None:
+        """Drop the step counter; the affine and the statistics are given."""
+        self.num_batches_tracked = None
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's group norm with 8 channels a group, made on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the affine is given."""
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, made on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights are given."""
+
+
 def build_norm(kind: str, channels: int, eps: float) -> nn.Module:
-    """Group norm with 8 channels a group, or batch norm without a step counter (its momentum is constant)."""
+    """Group norm with 8 channels a group, or batch norm."""
     if kind == "group":
-        return nn.GroupNorm(channels // GROUP_NORM_CHANNELS, channels, eps=eps)
-    norm = nn.BatchNorm2d(channels, eps=eps)
-    norm.num_batches_tracked = None
-    return norm
+        return GroupNorm(channels // GROUP_NORM_CHANNELS, channels, eps=eps, device="meta")
+    return BatchNorm2d(channels, eps=eps, device="meta")
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, norm, activation; the last two where the spec has them."""
+    """Convolution, norm, activation, plus its input; the last three where the spec has them."""
 
     def __init__(self, spec: ConvSpec, norm: str, norm_eps: float) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(
+        self.conv = Conv2d(
             spec.in_channels,
             spec.out_channels,
             spec.kernel,
@@ -42,15 +80,18 @@ class ConvNormAct(nn.Module):
             padding=spec.kernel // 2,
             groups=spec.in_channels if spec.depthwise else 1,
             bias=spec.bias,
+            device="meta",
         )
         self.norm = build_norm(norm, spec.out_channels, norm_eps) if spec.norm else None
         self.act = build_activation(spec.activation) if spec.activation else None
+        self.residual = spec.residual
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` to `(batch, out_channels, ceil(h / stride), ceil(w / stride))`."""
-        x = self.conv(x)
-        x = x if self.norm is None else self.norm(x)
-        return x if self.act is None else self.act(x)
+        y = self.conv(x)
+        y = y if self.norm is None else self.norm(y)
+        y = y if self.act is None else self.act(y)
+        return x + y if self.residual else y
 
 
 class SqueezeExcite(nn.Module):
@@ -86,32 +127,66 @@ class MBConv(nn.Module):
         return x + y if self.residual else y
 
 
-class Network(nn.Module):
-    """The classifier of one `NetworkSpec`."""
+class Bottleneck(nn.Module):
+    """Residual bottleneck of one `BottleneckSpec`."""
+
+    def __init__(self, spec: BottleneckSpec, norm: str, norm_eps: float) -> None:
+        super().__init__()
+        self.reduce = ConvNormAct(spec.reduce, norm, norm_eps)
+        self.spatial = ConvNormAct(spec.spatial, norm, norm_eps)
+        self.project = ConvNormAct(spec.project, norm, norm_eps)
+        self.pool = nn.AvgPool2d(spec.stride, ceil_mode=True) if spec.downsample and spec.stride > 1 else None
+        self.downsample = ConvNormAct(spec.downsample, norm, norm_eps) if spec.downsample else None
+        self.act = build_activation(spec.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, in_channels, h, w)` to `(batch, out_channels, ceil(h / stride), ceil(w / stride))`."""
+        y = self.project(self.spatial(self.reduce(x)))
+        x = x if self.pool is None else self.pool(x)
+        x = x if self.downsample is None else self.downsample(x)
+        return self.act(y + x)
+
+
+class MeanPool(nn.Module):
+    """The mean over the whole map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, channels, h, w)` to `(batch, channels, 1, 1)`."""
+        return x.mean((2, 3), keepdim=True)
+
+
+class Network(nn.Sequential):
+    """The classifier of one `NetworkSpec`: images `(batch, channels, resolution, resolution)` to logits.
+
+    Parts that share the head of their dotted names lie together in a `Sequential` of that name ("stages.1.0" in
+    "stages", then "1"), so that the chain runs in order and a part's name is its path.
+    """
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        norm, eps = spec.norm, spec.norm_eps
-        self.stem = ConvNormAct(spec.stem, norm, eps)
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(MBConv(block, norm, eps) for block in stage)) for stage in spec.stages
-        )
-        self.final = ConvNormAct(spec.final, norm, eps)
-        self.mix = ConvNormAct(spec.mix, norm, eps)
+        for part in spec.parts:
+            self._add(part.name, _build_part(part, spec.norm, spec.norm_eps))
+        self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(spec.dropout)
-        self.classifier = nn.Linear(spec.mix.out_channels, spec.num_classes)
+        self.classifier = Linear(spec.features, spec.num_classes, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `(batch, channels, resolution, resolution)` to logits `(batch, num_classes)`."""
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        x = self.final(x).mean((2, 3), keepdim=True)
-        x = self.mix(x).flatten(1)
-        return self.classifier(self.dropout(x))
+    def _add(self, name: str, module: nn.Module) -> None:
+        *path, leaf = name.split(".")
+        parent: nn.Module = self
+        for step in path:
+            if step not in parent._modules:
+                parent.add_module(step, nn.Sequential())
+            parent = parent.get_submodule(step)
+        parent.add_module(leaf, module)
 
 
-def build_skeleton(spec: NetworkSpec) -> Network:
-    """The network's layers on torch's meta device: shapes and names, no memory, no random numbers."""
-    with torch.device("meta"):
-        return Network(spec)
+def _build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
+    match part:
+        case ConvSpec():
+            return ConvNormAct(part, norm, norm_eps)
+        case MBConvSpec():
+            return MBConv(part, norm, norm_eps)
+        case BottleneckSpec():
+            return Bottleneck(part, norm, norm_eps)
+        case PoolSpec():
+            return nn.MaxPool2d(3, stride=2, padding=1) if part.kind == "max" else MeanPool()

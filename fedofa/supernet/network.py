@@ -1,6 +1,8 @@
-"""A network as a value: its blocks, and the table of its parameters and channel groups. No torch.
+"""A network as a value: a chain of parts, and the table of its parameters and channel groups. No torch.
 
-One description feeds everything: the torch skeleton (`layers`), the slice map (`slices`) and the cost model.
+One description feeds everything: the torch skeleton (`layers`), the slice map (`slices`) and the cost model (`costs`).
+Families differ in which parts they chain and in their sizes; a new kind of part is a dataclass here, a layer there and
+a walk in the cost model.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class ConvSpec:
-    """Convolution with "same" padding, then optionally a norm and an activation.
+    """Convolution with "same" padding, then optionally a norm and an activation, and its input added with `residual`.
 
     `in_group` and `out_group` name the channel groups that the channels belong to where they are elastic.
     """
@@ -61,6 +63,7 @@ class ConvSpec:
     activation: str | None = None
     in_group: str | None = None
     out_group: str | None = None
+    residual: bool = False
 
     def parameters(self, norm: str) -> Iterator[ParameterSpec]:
         """The convolution's weight and bias, then the norm's tensors."""
@@ -167,6 +170,14 @@ class MBConvSpec:
         """The linear 1x1 convolution that narrows."""
         return ConvSpec(f"{self.name}.project", self.mid_channels, self.out_channels, in_group=self.mid_group)
 
+    @property
+    def readers(self) -> Iterator[tuple[str, str]]:
+        """Each inner channel group, and the name of the weight that reads it (see `importance`)."""
+        if self.mid_group is not None:
+            yield self.mid_group, f"{self.project.name}.conv.weight"
+        if self.squeeze_excite is not None:
+            yield f"{self.name}.squeeze", f"{self.squeeze_excite[1].name}.conv.weight"
+
     def parameters(self, norm: str) -> Iterator[ParameterSpec]:
         """The block's tensors in the order of its forward pass."""
         for conv in (self.expand, self.depthwise, *(self.squeeze_excite or ()), self.project):
@@ -175,35 +186,151 @@ class MBConvSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkSpec:
-    """A whole classifier: stem, stages of blocks, final 1x1, global pooling, feature mix, linear classifier.
+class BottleneckSpec:
+    """Residual bottleneck: 1x1 reduce, k x k, 1x1 project, plus the input, then the activation.
 
-    `norm` is "group" (8 channels a group) or "batch"; `resolution` is the side of the square input in pixels.
+    With `downsamples` the input is averaged over `stride` x `stride` windows and sent through a 1x1 convolution before
+    it is added (ResNet-D, arXiv 1812.01187, section 4.2); without, input and output have the same shape.
     """
 
-    stem: ConvSpec
-    stages: tuple[tuple[MBConvSpec, ...], ...]
-    final: ConvSpec
-    mix: ConvSpec
+    name: str
+    in_channels: int
+    mid_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    activation: str
+    downsamples: bool
+    in_group: str | None = None
+    out_group: str | None = None
+
+    @property
+    def residual(self) -> bool:
+        """Whether the input is added as it is."""
+        return not self.downsamples
+
+    @property
+    def reduce(self) -> ConvSpec:
+        """The 1x1 convolution that narrows."""
+        return ConvSpec(
+            f"{self.name}.reduce",
+            self.in_channels,
+            self.mid_channels,
+            activation=self.activation,
+            in_group=self.in_group,
+            out_group=f"{self.name}.mid",
+        )
+
+    @property
+    def spatial(self) -> ConvSpec:
+        """The k x k convolution."""
+        return ConvSpec(
+            f"{self.name}.spatial",
+            self.mid_channels,
+            self.mid_channels,
+            kernel=self.kernel,
+            stride=self.stride,
+            activation=self.activation,
+            in_group=f"{self.name}.mid",
+            out_group=f"{self.name}.inner",
+        )
+
+    @property
+    def project(self) -> ConvSpec:
+        """The linear 1x1 convolution that widens."""
+        return ConvSpec(
+            f"{self.name}.project",
+            self.mid_channels,
+            self.out_channels,
+            in_group=f"{self.name}.inner",
+            out_group=self.out_group,
+        )
+
+    @property
+    def downsample(self) -> ConvSpec | None:
+        """The linear 1x1 convolution of the averaged input."""
+        if not self.downsamples:
+            return None
+        return ConvSpec(
+            f"{self.name}.downsample",
+            self.in_channels,
+            self.out_channels,
+            in_group=self.in_group,
+            out_group=self.out_group,
+        )
+
+    @property
+    def readers(self) -> Iterator[tuple[str, str]]:
+        """Each inner channel group, and the name of the weight that reads it (see `importance`)."""
+        yield f"{self.name}.mid", f"{self.spatial.name}.conv.weight"
+        yield f"{self.name}.inner", f"{self.project.name}.conv.weight"
+
+    def parameters(self, norm: str) -> Iterator[ParameterSpec]:
+        """The block's tensors in the order of its forward pass."""
+        for conv in (self.reduce, self.spatial, self.project, self.downsample):
+            if conv is not None:
+                yield from conv.parameters(norm)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Pooling without weights: "max" over 3 x 3 with stride 2, or "mean" over the whole map to 1 x 1."""
+
+    name: str
+    kind: str
+
+    def parameters(self, norm: str) -> Iterator[ParameterSpec]:
+        """None."""
+        return iter(())
+
+
+BlockSpec = MBConvSpec | BottleneckSpec
+PartSpec = ConvSpec | BlockSpec | PoolSpec
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSpec:
+    """A whole classifier: a chain of parts, dropout, a linear classifier.
+
+    Args:
+        parts: in forward order, each fed with the result of the one before; the last leaves a 1 x 1 map. Names are
+            dotted paths in the skeleton and follow its tree ("stem", "stages.0.0", "stages.0.1", "mix").
+        features: channels that reach the classifier; `feature_group` is their channel group where they are elastic.
+        num_classes: of the classifier.
+        norm: "group" (8 channels a group; nests and needs no calibration) or "batch".
+        norm_eps: of every norm.
+        dropout: probability before the classifier.
+        in_channels, resolution: of the square input.
+    """
+
+    in_channels: int
+    parts: tuple[PartSpec, ...]
+    features: int
     num_classes: int
     norm: str
     norm_eps: float
     dropout: float
     resolution: int
+    feature_group: str | None = None
 
     @property
-    def blocks(self) -> tuple[MBConvSpec, ...]:
-        """All blocks, in order."""
-        return tuple(block for stage in self.stages for block in stage)
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The repeated blocks, in order."""
+        return tuple(part for part in self.parts if isinstance(part, BlockSpec))
+
+    @property
+    def normed_groups(self) -> frozenset[str]:
+        """The channel groups that a norm runs over."""
+        return frozenset(group for item in self.parameters() if item.role == "norm" for group in item.groups if group)
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Every tensor of the network, in the order of its forward pass."""
-        for part in (self.stem, *self.blocks, self.final, self.mix):
+        for part in self.parts:
             yield from part.parameters(self.norm)
         yield from self.classifier_parameters()
 
     def classifier_parameters(self) -> Iterator[ParameterSpec]:
         """The linear classifier's weight and bias."""
-        features = self.mix.out_channels
-        yield ParameterSpec("classifier.weight", (self.num_classes, features), (None, None), "weight")
+        shape = (self.num_classes, self.features)
+        yield ParameterSpec("classifier.weight", shape, (None, self.feature_group), "weight")
         yield ParameterSpec("classifier.bias", (self.num_classes,), (None,), "bias")

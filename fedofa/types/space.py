@@ -54,6 +54,22 @@ class SubnetConfig:
             ) from error
         return cls(str(family), pairs)
 
+    @classmethod
+    def from_ofa(cls, architecture: Mapping[str, Any], family: str) -> SubnetConfig:
+        """The configuration that a dictionary of the package `ofa` describes, `{"ks": [...], "e": [...], "d": [...]}`.
+
+        See `fedofa.types.ofa`, which has the keys of each family.
+        """
+        from fedofa.types.ofa import from_ofa
+
+        return from_ofa(architecture, family)
+
+    def to_ofa(self) -> dict[str, list[float]]:
+        """The inverse of `from_ofa`, for a configuration of a published space."""
+        from fedofa.types.ofa import to_ofa
+
+        return to_ofa(self)
+
     def digest(self) -> str:
         """16 hex digits over the normalised indices: the same on every machine."""
         text = json.dumps([self.family, self.choices], separators=(",", ":"))

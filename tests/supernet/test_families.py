@@ -8,6 +8,8 @@ from cohorts import SPEC
 
 from fedofa.supernet.families import build_supernet, two_conv_cnn
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
+from fedofa.supernet.proxyless import ProxylessSpec
+from fedofa.supernet.resnet import ResNetSpec
 from fedofa.types.errors import ConfigError
 
 SMALL = {"family": "mobilenet_v3", **SPEC.to_json()}
@@ -52,7 +54,7 @@ def test_the_small_cnn_has_the_parameters_it_says():
     ("change", "message"),
     [
         ({"family": "mobilenet_v2"}, r"supernet\.family: unknown family 'mobilenet_v2'.*did you mean 'mobilenet_v3'"),
-        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, fixed"),
+        ({"family": None}, r"supernet\.family: unknown family None; known: mobilenet_v3, proxyless, resnet, fixed"),
         ({"family": ["fixed"]}, r"supernet\.family: unknown family"),
         ({"widht": 3}, r"unknown settings \['widht'\]"),
     ],

@@ -1,0 +1,182 @@
+"""What the families of block networks share: a spec of sizes describes any subnet, and the supernet follows from it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+
+from fedofa.supernet.base import Supernet
+from fedofa.supernet.costs import BlockCost, block_costs
+from fedofa.supernet.layers import Network
+from fedofa.supernet.network import GROUP_NORM_CHANNELS, NORMS, MBConvSpec, NetworkSpec, ParameterSpec
+from fedofa.supernet.slices import matrix_name
+from fedofa.types.errors import ConfigError
+from fedofa.types.space import SearchSpace, SubnetConfig
+
+
+class ElasticSpec(ABC):
+    """The sizes of one space, as a frozen dataclass: from them come the search space and each subnet's description.
+
+    Attributes:
+        family: the name that descriptions and configurations carry.
+        nested: settings that are dataclasses themselves, or tuples of them.
+    """
+
+    __slots__ = ()
+    family: ClassVar[str]
+    nested: ClassVar[Mapping[str, type]]
+
+    @property
+    @abstractmethod
+    def elastic_kernels(self) -> tuple[int, ...]:
+        """The sizes of the elastic depthwise kernels; empty where no kernel is elastic."""
+
+    @abstractmethod
+    def search_space(self) -> SearchSpace:
+        """The axes of the space."""
+
+    @abstractmethod
+    def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
+        """The description of one subnet of `search_space`."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that `from_json` turns back into an equal spec."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]  # tuples become lists
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; a `ConfigError` names what is not known or malformed."""
+        known = [item.name for item in fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ConfigError(f"supernet: unknown settings {unknown}; known: {known}")
+        settings: dict[str, Any] = {}
+        for key, item in value.items():
+            kind = cls.nested.get(key)
+            if isinstance(item, Sequence) and not isinstance(item, str):
+                settings[key] = tuple(_built(kind, entry) for entry in item)
+            else:
+                settings[key] = _built(kind, item)
+        return cls(**settings)
+
+
+def _built(kind: type | None, item: Any) -> Any:
+    return kind(**item) if kind is not None and isinstance(item, Mapping) else item
+
+
+def check_sizes(norm: str, listed: Mapping[str, Sequence[float]], widths: Sequence[int]) -> None:
+    """Refuse sizes that make no network.
+
+    Args:
+        norm: the kind of norm.
+        listed: settings that need at least one value.
+        widths: channel counts, which must be multiples of 8.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"supernet.norm: expected one of {list(NORMS)}, found {norm!r}")
+    for name, values in listed.items():
+        if not values:
+            raise ConfigError(f"supernet.{name}: expected at least one value, found none")
+    uneven = [width for width in widths if width % GROUP_NORM_CHANNELS]
+    if uneven:
+        raise ConfigError(f"supernet widths must be multiples of {GROUP_NORM_CHANNELS}, found {uneven}")
+
+
+class ElasticSupernet(Supernet, ABC):
+    """The supernet of one `ElasticSpec`.
+
+    Args:
+        spec: the sizes.
+        generator: draws the initial weights; None leaves them on the meta device (structure only, as a client needs).
+    """
+
+    def __init__(self, spec: ElasticSpec, generator: torch.Generator | None = None) -> None:
+        space = spec.search_space()
+        largest = spec.network(space, space.largest())
+        network = Network(largest)
+        _register_matrices(network, largest, spec.elastic_kernels)
+        super().__init__(space, network, spec.elastic_kernels)
+        self.spec = spec
+        if generator is not None:
+            network.to_empty(device=generator.device)
+            initialise(network, generator)
+            self._start_residuals_at_identity()
+
+    def _start_residuals_at_identity(self) -> None:
+        """Zero the last norm's scale of every residual block (arXiv 1706.02677, section 5.1).
+
+        Subnets of different depth are then the same function at the start, and their deltas agree from the first round.
+        """
+        parameters = dict(self.network.named_parameters())
+        with torch.no_grad():
+            for block in self.network_spec(self.space.largest()).blocks:
+                if block.residual:
+                    parameters[f"{block.name}.project.norm.weight"].zero_()
+
+    @cached_property
+    def _normed_groups(self) -> frozenset[str]:
+        return self.network_spec(self.space.largest()).normed_groups
+
+    def network_spec(self, subnet: SubnetConfig) -> NetworkSpec:
+        """The description of one subnet."""
+        return self.spec.network(self.space, subnet)
+
+    def skeleton(self, subnet: SubnetConfig) -> nn.Module:
+        return Network(self.network_spec(subnet))
+
+    def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
+        return tuple(self.network_spec(subnet).parameters())
+
+    def block_costs(self, subnet: SubnetConfig) -> tuple[BlockCost, ...]:
+        return block_costs(self.network_spec(subnet))
+
+    def run_length(self, group: str) -> int:
+        grouped = self.network_spec(self.space.largest()).norm == "group"
+        return GROUP_NORM_CHANNELS if grouped and group in self._normed_groups else 1
+
+    def resolution(self, subnet: SubnetConfig) -> int | None:
+        return self.network_spec(subnet).resolution
+
+    def description(self) -> dict[str, Any]:
+        return {"family": self.spec.family, **self.spec.to_json()}
+
+
+def _register_matrices(network: nn.Module, spec: NetworkSpec, kernels: Sequence[int]) -> None:
+    """Give every elastic depthwise convolution its transform matrices, on the meta device."""
+    for block in spec.blocks:
+        if isinstance(block, MBConvSpec) and block.expands:
+            depthwise = network.get_submodule(block.depthwise.name)
+            for source, target in itertools.pairwise(sorted(kernels, reverse=True)):
+                matrix = nn.Parameter(torch.empty(target**2, target**2, device="meta"))
+                depthwise.register_parameter(matrix_name("", source, target).removeprefix("."), matrix)
+
+
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """He-normal convolutions (fan-out), normal classifier, unit norms, identity kernel matrices."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".matrix_" in name:
+                parameter.copy_(torch.eye(len(parameter)))
+            elif parameter.dim() == 4:
+                fan_out = (
+                    parameter.shape[0] * parameter[0, 0].numel() if parameter.shape[1] > 1 else parameter[0].numel()
+                )
+                parameter.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+            elif parameter.dim() == 2:
+                parameter.normal_(0.0, 0.01, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        for name, buffer in network.named_buffers():
+            buffer.fill_(1.0 if name.endswith("running_var") else 0.0)

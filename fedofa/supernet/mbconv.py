@@ -1,0 +1,85 @@
+"""Stages of mobile inverted bottlenecks: what MobileNetV3 and ProxylessNAS have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fedofa.supernet.network import ACTIVATIONS, MBConvSpec, make_divisible
+from fedofa.types.errors import ConfigError
+from fedofa.types.space import SearchSpace, SubnetConfig
+
+SQUEEZE_RATIO = 4
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpec:
+    """One stage: its output width, the stride of its first block, its activation, squeeze-excite or not."""
+
+    width: int
+    stride: int
+    activation: str
+    squeeze_excite: bool
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"supernet.stages: expected an activation of {list(ACTIVATIONS)}, found {self.activation!r}"
+            )
+
+    def scaled(self, width: float) -> StageSpec:
+        """The stage with its output width multiplied."""
+        return StageSpec(make_divisible(self.width * width), self.stride, self.activation, self.squeeze_excite)
+
+
+def check_kernels(kernels: Sequence[int]) -> None:
+    """Refuse even kernel sizes with a `ConfigError`."""
+    even = [k for k in kernels if k % 2 == 0]
+    if even:
+        raise ConfigError(f"supernet.kernels: kernel sizes must be odd, found {even}")
+
+
+def static_block(in_channels: int, out_channels: int, stride: int, activation: str) -> MBConvSpec:
+    """The first block, the same in every subnet: "stages.0.0", kernel 3, no expansion."""
+    return MBConvSpec(
+        "stages.0.0",
+        in_channels,
+        in_channels,
+        out_channels,
+        kernel=3,
+        stride=stride,
+        activation=activation,
+        expands=False,
+    )
+
+
+def elastic_blocks(
+    space: SearchSpace, subnet: SubnetConfig, stages: Sequence[StageSpec], channels: int
+) -> Iterator[MBConvSpec]:
+    """The blocks of all stages after the static one, "stages.1.0" and on.
+
+    Args:
+        space, subnet: a `mbconv_space` and one of its configurations.
+        stages: those of elastic depth, then those that have one block in every subnet.
+        channels: that the first of them gets.
+    """
+    depths = space.values(subnet, "depth")
+    kernels, expands = space.values(subnet, "kernel"), space.values(subnet, "expand")
+    position = 0
+    for number, stage in enumerate(stages):
+        longest = int(space.axis("depth").values[-1]) if number < len(depths) else 1
+        for block in range(int(depths[number] or 0) if number < len(depths) else 1):
+            kernel, expand = int(kernels[position + block] or 0), float(expands[position + block] or 0)
+            mid = make_divisible(round(channels * expand))
+            yield MBConvSpec(
+                f"stages.{number + 1}.{block}",
+                channels,
+                mid,
+                stage.width,
+                kernel=kernel,
+                stride=stage.stride if block == 0 else 1,
+                activation=stage.activation,
+                squeeze_channels=make_divisible(mid // SQUEEZE_RATIO) if stage.squeeze_excite else None,
+            )
+            channels = stage.width
+        position += longest
