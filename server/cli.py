@@ -1,4 +1,4 @@
-"""The command line: `fedofa simulate` runs the main job on this machine."""
+"""The command line: `fedofa simulate` runs the main job on this machine, `fedofa shrink` trains a supernet on it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ USAGE = """usage: fedofa COMMAND [SETTING=VALUE ...]
 
 commands:
   simulate    run a federation on this machine, e.g. fedofa simulate rounds=20 fleet.num_clients=50 data=cifar10
-  settings    print every setting with its value, as simulate would use it
+  shrink      train a supernet here, on the whole training set, e.g. fedofa shrink shrinking=progressive
+  settings    print every setting with its value, as simulate would use it; `settings shrink ...` those of shrink
 
-Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime) take the name
-of a file under conf/."""
+Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime; for shrink data,
+supernet, shrinking) take the name of a file under conf/."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
         print(USAGE)
         return 0
-    actions = {"simulate": simulate, "settings": print_settings}
+    actions = {"simulate": simulate, "shrink": shrink, "settings": print_settings}
     if command not in actions:
         print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -47,9 +48,13 @@ def print_settings(overrides: Sequence[str]) -> None:
     """Print the composed settings as YAML."""
     from omegaconf import OmegaConf
 
-    from conf.compose import compose_conf
+    from conf.compose import compose_conf, compose_shrink_conf
 
-    print(OmegaConf.to_yaml(OmegaConf.structured(compose_conf(overrides))), end="")
+    if list(overrides[:1]) == ["shrink"]:
+        conf = OmegaConf.structured(compose_shrink_conf(overrides[1:]))
+    else:
+        conf = OmegaConf.structured(compose_conf(overrides))
+    print(OmegaConf.to_yaml(conf), end="")
 
 
 def simulate(overrides: Sequence[str]) -> None:
@@ -64,3 +69,17 @@ def simulate(overrides: Sequence[str]) -> None:
     conf = compose_conf(overrides)
     run_federation(conf)
     print_results(Path(conf.output_dir))
+
+
+def shrink(overrides: Sequence[str]) -> None:
+    """Train a supernet centrally, and print its subnets' accuracy."""
+    from server.environment import KEPT_PAGES, adopt
+
+    adopt(KEPT_PAGES)
+    from conf.compose import compose_shrink_conf
+    from server.results import print_shrinking
+    from server.shrink import run_shrinking
+
+    conf = compose_shrink_conf(overrides)
+    run_shrinking(conf)
+    print_shrinking(Path(conf.output_dir))
