@@ -17,6 +17,7 @@ DistanceOf = Callable[[Tensor, Tensor], Tensor]
 
 _LIMIT = 1e-4
 """An alpha this near 0 or 1 is taken for the limit, where the general formula divides by it."""
+_LARGEST_EXPONENT = 50.0
 
 
 def build_distance(loss: TeacherLoss) -> DistanceOf:
@@ -50,18 +51,19 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float, max_ratio: 
     """The divergence D(p | q) of the teacher's probabilities p from the student's q for each example, `(batch,)`.
 
     D = sum_i q_i ((p_i / q_i)^alpha - 1) / (alpha (alpha - 1)): in the limit KL(p | q) at alpha = 1 and KL(q | p) at 0.
-    Its gradient is -1/alpha sum_i q_i (p_i / q_i)^alpha grad log q_i. In both, (p_i / q_i)^alpha is at most `max_ratio`
-    and counts as a constant weight in the gradient, which keeps rare classes from dominating a step. Without an upper
-    bound the gradient is the exact one.
+    Its gradient is -1/alpha sum_i q_i (p_i / q_i)^alpha grad log q_i, an expectation over q whose importance weights
+    (p_i / q_i)^alpha may be huge. Here they are at most `max_ratio`; with no such bound the gradient is the exact one.
+    The value is exact either way (up to weights of e^50, so that it stays finite).
     """
     log_q = functional.log_softmax(student, dim=1)
     log_p = functional.log_softmax(teacher.detach(), dim=1)
     q, log_ratio = log_q.detach().exp(), log_p - log_q.detach()
-    exponent = (alpha * log_ratio).clamp(max=math.log(max_ratio))
+    exponent = (alpha * log_ratio).clamp(max=_LARGEST_EXPONENT)
     if abs(alpha) < _LIMIT:
         value, weight = -log_ratio, log_ratio
-    else:
-        weight = exponent.expm1() / alpha  # less 1 / alpha, which has no gradient: the q_i sum to 1
-        value = exponent.exp() * log_ratio if abs(alpha - 1) < _LIMIT else weight / (alpha - 1)
+    else:  # the weights less 1 / alpha, which has no gradient since the q_i sum to 1
+        weight = exponent.clamp(max=math.log(max_ratio)).expm1() / alpha
+        at_one = abs(alpha - 1) < _LIMIT
+        value = exponent.exp() * log_ratio if at_one else exponent.expm1() / (alpha * (alpha - 1))
     surrogate = -(q * weight * log_q).sum(1)
-    return (q * value).sum(1) + surrogate - surrogate.detach()
+    return (q * value).sum(1) + (surrogate - surrogate.detach())

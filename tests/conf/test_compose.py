@@ -6,14 +6,21 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import DeviceClassConf, SimulateConf, StageConf
+from conf.compose import compose_conf, compose_shrink_conf, encode_conf, known_keys, load_conf
+from conf.schema import DeviceClassConf, ShrinkConf, SimulateConf, StageConf
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml"))
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
 GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet")
+OF_SHRINK = ("data", "shrinking", "supernet")
+
+
+def composed(group: str, *overrides: str) -> DictConfig:
+    """The settings of a command that has the group."""
+    compose = compose_conf if group in GROUPS else compose_shrink_conf
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose(overrides))))
 
 
 def refused(*overrides: str) -> str:
@@ -34,22 +41,24 @@ def test_the_defaults_compose():
 
 
 def test_every_group_has_options():
-    assert sorted({group for group, _ in OPTIONS}) == sorted(GROUPS)
+    assert {group for group, _ in OPTIONS} == {*GROUPS, *OF_SHRINK}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
 def test_every_option_composes_and_takes_effect(group, name):
     given = OmegaConf.load(ROOT / group / f"{name}.yaml")
-    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}"]))))
+    found = composed(group, f"{group}={name}")
     for key, value in given.items():
         if key != "defaults" and not OmegaConf.is_interpolation(given, key):
-            assert OmegaConf.select(found, f"{group}.{key}") == value
+            got = OmegaConf.select(found, f"{group}.{key}")
+            assert got == value or value.items() <= got.items()  # an option may change part of what it builds on
 
 
 @pytest.mark.parametrize("path", YAML, ids=str)
 def test_every_key_of_every_file_is_in_the_schema(path):
     prefix = f"{path.parent.name}." if path.parent.name else ""
-    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), prefix)) - known_keys())
+    known = known_keys(ShrinkConf) if path.stem == "shrink" or path.parent.name == "shrinking" else known_keys()
+    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), prefix)) - known)
     assert not unknown
 
 
@@ -187,6 +196,23 @@ def test_a_change_to_a_loaded_configuration_stays_with_its_owner():
 def test_a_run_config_that_cannot_be_read_is_refused(run_config):
     with pytest.raises(ConfigError):
         load_conf(run_config)
+
+
+def test_the_settings_of_shrink_compose_and_name_their_own_keys():
+    conf = compose_shrink_conf(["shrinking=attentive", "supernet.norm=batch", "shrinking.candidates=5"])
+    assert isinstance(conf, ShrinkConf)
+    assert (conf.shrinking.schedule, conf.shrinking.candidates, conf.supernet["norm"]) == ("attentive", 5, "batch")
+    assert (conf.shrinking.teacher_loss.kind, conf.shrinking.teacher_loss.max_ratio) == ("alpha_divergence", 5.0)
+    assert compose_shrink_conf().shrinking.schedule == "sandwich"
+    for override, message in [
+        ("shrinking.candidats=2", "shrinking.candidats: unknown setting; did you mean 'shrinking.candidates'?"),
+        ("rounds=3", "rounds: unknown setting"),
+        ("shrinking=fast", "shrinking/fast: no such option; available: attentive, progressive, sandwich"),
+        ("shrinking.steps=many", "shrinking.steps: Value 'many'"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            compose_shrink_conf([override])
+        assert str(caught.value).startswith(message)
 
 
 def test_a_group_set_to_null_is_refused():
