@@ -1,5 +1,7 @@
 """Calibration: pooled statistics over uneven batches, sums that merge, and subnets that regain accuracy by them."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -129,7 +131,7 @@ def test_sums_of_parts_merge_to_those_of_one_pass(sizes, cuts, data):
     batches = images(sum(sizes)).split(sizes)
     whole = statistic_sums(model, batches)
     bounds = [0, *sorted(min(cut, len(sizes)) for cut in cuts), len(sizes)]
-    parts = [batches[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    parts = [batches[start:end] for start, end in itertools.pairwise(bounds)]
     order = data.draw(st.permutations(range(len(parts))))
     merged = merge_sums(statistic_sums(model, parts[index]) for index in order)
     assert set(merged) == set(whole) != set()
@@ -177,8 +179,8 @@ def test_ten_random_subnets_of_a_trained_supernet_before_and_after(tmp_path):
         expands=(2, 3, 4), depths=(1, 2), resolutions=(20,), norm="batch", dropout=0.0,
     )  # fmt: skip
     supernet = MobileNetV3Supernet(spec, torch.Generator().manual_seed(0))
-    schedule = ShrinkSchedule.sandwich(supernet.space, 120)
-    recipe = CentralTraining(learning_rate=0.1, batch_size=32)
+    schedule = ShrinkSchedule.sandwich(supernet.space, 150)
+    recipe = CentralTraining(learning_rate=0.3, batch_size=32, label_smoothing=0.0, max_gradient_norm=5.0)
     shrinking = CentralShrinking(
         supernet, schedule, recipe, digits.images[train], digits.labels[train], digits.mean, digits.std, seed=0
     )

@@ -117,3 +117,11 @@ def test_bad_settings_are_one_clear_error(command, tmp_path, capfd, overrides, m
     assert text.startswith("error: ")
     assert message in text.replace("\n", " ")
     assert (tmp_path / "run/summary.json").exists(), "an earlier run stays where it is"
+
+
+def test_the_settings_of_shrink_are_printed(capsys):
+    assert main(["settings", "shrink", "shrinking=attentive", "shrinking.candidates=7"]) == 0
+    printed = capsys.readouterr().out
+    assert "schedule: attentive" in printed
+    assert "candidates: 7" in printed
+    assert "rounds:" not in printed
