@@ -116,7 +116,8 @@ def _groups(schema: type) -> list[str]:
 
 def _closest(key: str, schema: type) -> str:
     close = difflib.get_close_matches(key, sorted(known_keys(schema)), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; `fedofa settings` prints all of them"
+    command = "fedofa settings shrink" if schema is ShrinkConf else "fedofa settings"
+    return f"; did you mean {close[0]!r}?" if close else f"; `{command}` prints all of them"
 
 
 @lru_cache(maxsize=2)

@@ -73,9 +73,9 @@ def simulate(overrides: Sequence[str]) -> None:
 
 def shrink(overrides: Sequence[str]) -> None:
     """Train a supernet centrally, and print its subnets' accuracy."""
-    from server.environment import KEPT_PAGES, adopt
+    from server.environment import ONE_THREAD, adopt
 
-    adopt(KEPT_PAGES)
+    adopt(ONE_THREAD)  # torch's own number of threads is a setting
     from conf.compose import compose_shrink_conf
     from server.results import print_shrinking
     from server.shrink import run_shrinking

@@ -113,8 +113,8 @@ class CentralShrinking:
         self.training = training
         self.seed = seed
         self.done = 0
-        self._pixels = prepare_inputs(images, mean, std)
-        self._labels = torch.from_numpy(np.asarray(labels, np.int64))
+        self._images, self._labels = images, np.asarray(labels, np.int64)
+        self._mean, self._std = tuple(mean), tuple(std)
         self._samplers = [PhaseSampler(supernet.space, phase, self._macs) for phase in schedule.phases]
         self._parameters = dict(supernet.network.named_parameters())
         self._optimiser = _build_optimiser(self._parameters, training)
@@ -151,7 +151,8 @@ class CentralShrinking:
         """The gradients of all subnets of the step in the shared weights, and their losses."""
         batch = self._batch()
         generator = torch.Generator().manual_seed(self._seed_of(_IMAGES, self.done))
-        pixels, labels = shifted(self._pixels[batch], self.training.max_shift, generator), self._labels[batch]
+        pixels = prepare_inputs(self._images[batch], self._mean, self._std)
+        pixels, labels = shifted(pixels, self.training.max_shift, generator), torch.from_numpy(self._labels[batch])
         inputs_of = lru_cache(maxsize=None)(lambda subnet: self._inputs(pixels, subnet))
         label_loss = self._label_loss(labels)
         score_of = self._score(inputs_of, labels) if phase.candidates > 1 else None
@@ -172,13 +173,13 @@ class CentralShrinking:
                 teacher = logits.detach()
         return losses
 
-    def _batch(self) -> Tensor:
+    def _batch(self) -> np.ndarray:
         """Indices of the step's examples: every epoch in an order of its own, what does not fill a batch left out."""
         size = min(self.training.batch_size, len(self._labels))
         per_epoch = len(self._labels) // size
         epoch, number = divmod(self.done, per_epoch)
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self._labels))
-        return torch.from_numpy(order[number * size : (number + 1) * size])
+        return order[number * size : (number + 1) * size]
 
     def _inputs(self, pixels: Tensor, subnet: SubnetConfig) -> Tensor:
         side = self.supernet.resolution(subnet)
@@ -189,7 +190,7 @@ class CentralShrinking:
         return lambda logits: functional.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     def _score(self, inputs_of: Callable[[SubnetConfig], Tensor], labels: Tensor) -> Callable[[SubnetConfig], float]:
-        """Minus a candidate's loss on the step's examples (arXiv 2011.09011, section 3.3)."""
+        """Minus a candidate's loss on the step's examples (AttentiveNAS, arXiv 2011.09011)."""
 
         @torch.no_grad()
         def score(subnet: SubnetConfig) -> float:
