@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import lru_cache
-from typing import Any, cast, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
@@ -18,8 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import SOURCES, SUPERNETS, DataConf, SimulateConf
+from conf.schema import SOURCES, SUPERNETS, DataConf, ShrinkConf, SimulateConf
 from fedofa.types.errors import ConfigError
+
+C = TypeVar("C", SimulateConf, ShrinkConf)
 
 
 def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
@@ -28,16 +30,25 @@ def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
     Raises:
         ConfigError: naming the key that is unknown or has the wrong type.
     """
+    return _composed("config", SimulateConf, overrides)
+
+
+def compose_shrink_conf(overrides: Sequence[str] = ()) -> ShrinkConf:
+    """Compose `shrink.yaml` with Hydra overrides ("shrinking=attentive") and check it, as `compose_conf` does."""
+    return _composed("shrink", ShrinkConf, overrides)
+
+
+def _composed(primary: str, schema: type[C], overrides: Sequence[str]) -> C:
     try:
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
-            composed = compose("config", list(overrides))
+            composed = compose(primary, list(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(explain(error)) from error
-    return check_conf(composed)
+        raise ConfigError(explain(error, schema=schema)) from error
+    return check_conf(composed, schema)
 
 
-def check_conf(composed: DictConfig) -> SimulateConf:
+def check_conf(composed: DictConfig, schema: type[C] = SimulateConf) -> C:
     """Hold a composed configuration against the schema.
 
     Raises:
@@ -47,12 +58,11 @@ def check_conf(composed: DictConfig) -> SimulateConf:
         family = OmegaConf.select(composed, "supernet.family")
         if family not in SUPERNETS:
             raise ConfigError(f"supernet.family: expected one of {sorted(SUPERNETS)}, found {family!r}")
-        supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.")
+        supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.", schema)
         source = SOURCES.get(str(OmegaConf.select(composed, "data.name")), DataConf)
-        data = _merged(source, OmegaConf.select(composed, "data"), "data.")
-        apart = ("supernet", "data", "hydra")
-        rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if key not in apart])
-        checked = _merged(SimulateConf, rest, "")
+        data = _merged(source, OmegaConf.select(composed, "data"), "data.", schema)
+        rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if _is_plain(str(key), schema)])
+        checked = _merged(schema, rest, "", schema)
         checked.data = data
         missing = sorted(
             {*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))}
@@ -61,20 +71,26 @@ def check_conf(composed: DictConfig) -> SimulateConf:
         if missing:
             raise ConfigError(f"settings without a value: {', '.join(missing)}; give them as key=value")
         checked.supernet = OmegaConf.to_container(supernet, resolve=True)
-        return cast(SimulateConf, OmegaConf.to_object(checked))
+        return cast(C, OmegaConf.to_object(checked))
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error, schema=schema)) from error
 
 
-def _merged(schema: type, given: Any, prefix: str) -> DictConfig:
-    structured = OmegaConf.structured(schema)
+def _is_plain(key: str, schema: type) -> bool:
+    """Whether a key is checked as the schema has it; a data set may state groups that only simulate has."""
+    known = schema is SimulateConf or key in get_type_hints(schema)
+    return known and key not in ("supernet", "data", "hydra")
+
+
+def _merged(part: type, given: Any, prefix: str, schema: type) -> DictConfig:
+    structured = OmegaConf.structured(part)
     try:
         return cast(DictConfig, OmegaConf.merge(structured, given))
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error, prefix)) from error
+        raise ConfigError(explain(error, prefix, schema)) from error
 
 
-def explain(error: Exception, prefix: str = "") -> str:
+def explain(error: Exception, prefix: str = "", schema: type = SimulateConf) -> str:
     """One line out of Hydra's or OmegaConf's error: the key, what was found, and the closest known key or option."""
     cause = error
     while cause.__cause__ is not None and isinstance(cause.__cause__, OmegaConfBaseException):
@@ -87,13 +103,12 @@ def explain(error: Exception, prefix: str = "") -> str:
         options = _first(r"(?s)Available options in '[^']+':\n(.*?)(?:\n\S|$)", text) or ""
         return f"{group[1]}: no such option; available: {', '.join(options.split())}"
     if "Config group override" in text:
-        groups = "data, partition, fleet, supernet, finetune, aggregation, runtime, tracking"
-        return f"a group ({groups}) needs a name: {reason}"
+        return f"a group ({', '.join(_groups(schema))}) needs a name: {reason}"
     if key is None:
         return reason
     unknown = "not in struct" in text or "not in '" in text  # Hydra's words, then OmegaConf's
     unknown = unknown or "is not in struct" in reason
-    hint = _closest(key) if unknown else ""
+    hint = _closest(key, schema) if unknown else ""
     return f"{prefix}{key}: {'unknown setting' if unknown else reason}{hint}"
 
 
@@ -102,20 +117,27 @@ def _first(pattern: str, text: str) -> str | None:
     return match[1] if match else None
 
 
-def _closest(key: str) -> str:
-    if key in known_keys():
+def _groups(schema: type) -> list[str]:
+    """The settings that are whole files."""
+    hints = get_type_hints(schema)
+    return [name for name, kind in hints.items() if name == "supernet" or (is_dataclass(kind) and name != "evaluation")]
+
+
+def _closest(key: str, schema: type) -> str:
+    if key in known_keys(schema):
         return f"; {key.partition('.')[0]} of another kind has it"
-    close = difflib.get_close_matches(key, sorted(known_keys()), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "; `fedofa settings` prints all of them"
+    close = difflib.get_close_matches(key, sorted(known_keys(schema)), n=1, cutoff=0.5)
+    command = "fedofa settings shrink" if schema is ShrinkConf else "fedofa settings"
+    return f"; did you mean {close[0]!r}?" if close else f"; `{command}` prints all of them"
 
 
-@lru_cache(maxsize=1)
-def known_keys() -> frozenset[str]:
+@lru_cache(maxsize=2)
+def known_keys(schema: type = SimulateConf) -> frozenset[str]:
     """Every dotted key of the schema."""
-    keys = set(_dotted(SimulateConf, ""))
-    for prefix, schemas in (("supernet.", SUPERNETS), ("data.", SOURCES)):
-        for schema in schemas.values():
-            keys |= set(_dotted(schema, prefix))
+    keys = set(_dotted(schema, ""))
+    for prefix, kinds in (("supernet.", SUPERNETS), ("data.", SOURCES)):
+        for kind in kinds.values():
+            keys |= set(_dotted(kind, prefix))
     return frozenset(keys)
 
 
@@ -126,7 +148,7 @@ def _dotted(schema: type, prefix: str) -> Iterator[str]:
             yield from _dotted(cast(type, kind), f"{prefix}{name}.")
 
 
-def encode_conf(conf: SimulateConf) -> str:
+def encode_conf(conf: SimulateConf | ShrinkConf) -> str:
     """The configuration as a JSON string, the form in which it travels in Flower's run config (scalars only)."""
     return json.dumps(OmegaConf.to_container(OmegaConf.structured(conf), resolve=True), sort_keys=True)
 

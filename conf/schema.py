@@ -295,6 +295,7 @@ class SimulateConf:
     resume: bool = MISSING  # go on from the newest checkpoint in output_dir
     resume_round: int | None = None  # go on from this round's checkpoint instead
     output_dir: str = MISSING
+    supernet_weights: str | None = None  # folder of an earlier run, whose supernet this one starts from
     data: DataConf = MISSING  # or what SOURCES says for its `name`
     partition: PartitionConf = MISSING
     fleet: FleetConf = MISSING
@@ -304,3 +305,53 @@ class SimulateConf:
     runtime: RuntimeConf = MISSING
     evaluation: EvaluationConf = MISSING
     tracking: TrackingConf = MISSING
+
+
+@dataclass
+class TeacherLossConf:
+    """How far a subnet is from its teacher (see fedofa.shrinking.schedule)."""
+
+    kind: str = MISSING  # "soft_cross_entropy" | "alpha_divergence"
+    temperature: float = MISSING  # of soft_cross_entropy
+    alpha_low: float = MISSING  # of alpha_divergence, as alpha_high and max_ratio
+    alpha_high: float = MISSING
+    max_ratio: float = MISSING
+
+
+@dataclass
+class ShrinkingConf:
+    """How a supernet is trained centrally (see fedofa.shrinking)."""
+
+    schedule: str = MISSING  # "progressive" | "sandwich" | "attentive" | "phases"
+    steps: int = MISSING  # of the whole schedule; not used by "phases"
+    num_random: int = MISSING  # subnets a step beside the largest and the smallest; "sandwich" and "attentive"
+    candidates: int = MISSING  # of "attentive": k, of which one trains
+    prefer: str = MISSING  # of "attentive": "best" | "worst" of the candidates on the step's examples
+    macs_targets: list[float] = MISSING  # of "attentive": MACs of the candidates; empty: as uniform subnets have them
+    teacher_loss: TeacherLossConf = MISSING
+    phases: list[Any] = MISSING  # of "phases": one object a phase, as fedofa.shrinking.schedule.ShrinkPhase has it
+    learning_rate: float = MISSING
+    momentum: float = MISSING
+    weight_decay: float = MISSING
+    batch_size: int = MISSING
+    label_smoothing: float = MISSING
+    max_gradient_norm: float = MISSING
+    max_shift: int = MISSING  # random shifts of the images, in pixels
+
+
+@dataclass
+class ShrinkConf:
+    """Everything that `fedofa shrink` needs."""
+
+    seed: int = MISSING
+    resume: bool = MISSING  # go on from the newest checkpoint in output_dir
+    resume_step: int | None = None  # go on from this step's checkpoint instead
+    output_dir: str = MISSING
+    supernet_weights: str | None = None  # folder of an earlier run, whose supernet this one starts from
+    num_threads: int = MISSING  # of torch; with 1 the result is the same, bit for bit, every time
+    checkpoint_every: int = MISSING  # steps
+    num_watched: int = MISSING  # random subnets that are scored beside the largest and the smallest
+    calibration_examples: int = MISSING  # of the training set, for batch-norm statistics
+    data: DataConf = MISSING
+    supernet: Any = MISSING  # as in SimulateConf
+    shrinking: ShrinkingConf = MISSING

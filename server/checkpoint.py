@@ -63,16 +63,21 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run in `folder`, the newest two; each is a folder "round-000012" of two files."""
+    """The checkpoints of one run in `folder`, the newest two; each is a folder "round-000012" of two files.
 
-    def __init__(self, folder: Path) -> None:
+    `unit` is what the run counts: "round", or "step" where it trains on one machine.
+    """
+
+    def __init__(self, folder: Path, unit: str = "round") -> None:
         self.folder = folder
+        self.unit = unit
 
     def rounds(self) -> list[int]:
         """Rounds that have a checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
-        names = (item.name.removeprefix("round-") for item in self.folder.iterdir() if item.name.startswith("round-"))
+        prefix = f"{self.unit}-"
+        names = (item.name.removeprefix(prefix) for item in self.folder.iterdir() if item.name.startswith(prefix))
         return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -121,7 +126,7 @@ class CheckpointStore:
             return None
         wanted = rounds[-1] if round_number is None else round_number
         if wanted not in rounds:
-            raise CheckpointError(f"{self.folder}: no checkpoint of round {wanted}; there are {rounds}")
+            raise CheckpointError(f"{self.folder}: no checkpoint of {self.unit} {wanted}; there are {rounds}")
         try:
             checkpoint = self._read(wanted)
         except CheckpointError as error:
@@ -144,11 +149,11 @@ class CheckpointStore:
                 self._read(older)
             except CheckpointError:
                 continue
-            return f"The one before it is intact: go on from there with resume=true resume_round={older}"
+            return f"The one before it is intact: go on from there with resume=true resume_{self.unit}={older}"
         return "There is no intact one before it: start again without resume"
 
     def _path(self, round_number: int) -> Path:
-        return self.folder / f"round-{round_number:06d}"
+        return self.folder / f"{self.unit}-{round_number:06d}"
 
     def _read(self, round_number: int) -> Checkpoint:
         path = self._path(round_number)

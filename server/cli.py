@@ -1,4 +1,4 @@
-"""The command line: runs, sweeps and comparisons of federations on this machine."""
+"""The command line: federations, sweeps, comparisons and central training on this machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ commands:
   sweep       search settings with Optuna, e.g. fedofa sweep 'finetune.learning_rate=tag(log,interval(0.01,0.3))'
               study.trials=20 'study.objectives=[accuracy.largest,bytes_up]' study.name=rates
   compare     put runs side by side in a table and a picture, e.g. fedofa compare runs/simulate runs/sweeps/seed
-  settings    print every setting with its value, as simulate would use it
+  shrink      train a supernet here, on the whole training set, e.g. fedofa shrink shrinking=progressive
+  settings    print every setting with its value, as simulate would use it; `settings shrink ...` those of shrink
 
-Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking) take
-the name of a file under conf/."""
+Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking; for
+shrink data, supernet, shrinking) take the name of a file under conf/."""
 
 _MULTIRUN = {"-m", "--multirun"}
 
@@ -33,7 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("help", "-h", "--help") or {"-h", "--help"} & set(overrides):
         print(USAGE)
         return 0
-    actions = {"simulate": simulate, "sweep": sweep, "compare": compare, "settings": print_settings}
+    actions = {
+        "simulate": simulate,
+        "sweep": sweep,
+        "compare": compare,
+        "shrink": shrink,
+        "settings": print_settings,
+    }
     if command not in actions:
         print(f"fedofa: unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
         return 2
@@ -75,9 +82,13 @@ def print_settings(overrides: Sequence[str]) -> None:
     """Print the composed settings as YAML."""
     from omegaconf import OmegaConf
 
-    from conf.compose import compose_conf
+    from conf.compose import compose_conf, compose_shrink_conf
 
-    print(OmegaConf.to_yaml(OmegaConf.structured(compose_conf(overrides))), end="")
+    if list(overrides[:1]) == ["shrink"]:
+        conf = OmegaConf.structured(compose_shrink_conf(overrides[1:]))
+    else:
+        conf = OmegaConf.structured(compose_conf(overrides))
+    print(OmegaConf.to_yaml(conf), end="")
 
 
 def simulate(overrides: Sequence[str]) -> None:
@@ -96,3 +107,17 @@ def simulate(overrides: Sequence[str]) -> None:
 
     run_federation(conf)
     print_results(Path(conf.output_dir))
+
+
+def shrink(overrides: Sequence[str]) -> None:
+    """Train a supernet centrally, and print its subnets' accuracy."""
+    from server.environment import ONE_THREAD, adopt
+
+    adopt(ONE_THREAD)  # torch's own number of threads is a setting
+    from conf.compose import compose_shrink_conf
+    from server.results import print_shrinking
+    from server.shrink import run_shrinking
+
+    conf = compose_shrink_conf(overrides)
+    run_shrinking(conf)
+    print_shrinking(Path(conf.output_dir))

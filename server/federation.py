@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from conf.compose import encode_conf
 from conf.schema import AggregationConf, FinetuneConf, SimulateConf
 from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain, ServerOptimiser
 from fedofa.data.federation import FederatedData
+from fedofa.data.sources import ImageSet
 from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining
@@ -34,6 +36,7 @@ from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
 from server.tracking.backends import check_tracking
+from server.weights import start_from as start_from_folder
 
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
@@ -103,7 +106,9 @@ def build_parts(conf: SimulateConf) -> Parts:
     optimiser = build_optimiser(conf.aggregation)
     data = federation(conf)
     images = data.image_set
-    supernet = _build_supernet(_description(conf, data), torch.Generator().manual_seed(conf.seed))
+    supernet = _build_supernet(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
+    if conf.supernet_weights:
+        start_from_folder(supernet, Path(conf.supernet_weights))
     plans = _plans(conf.finetune)
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):
@@ -164,27 +169,23 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
     settings["uniform"] = uniform
-    return _flat(settings, "")
+    return flat_settings(settings)
 
 
-def flat_settings(conf: SimulateConf) -> dict[str, Any]:
-    """All settings by dotted key."""
-    return _flat(json.loads(encode_conf(conf)), "")
-
-
-def _flat(value: Any, key: str) -> dict[str, Any]:
+def flat_settings(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
     if not isinstance(value, dict):
         return {key: value}
     items: dict[str, Any] = {}
     for name, item in value.items():
-        items |= _flat(item, f"{key}.{name}" if key else name)
+        items |= flat_settings(item, f"{key}.{name}" if key else name)
     return items
 
 
-def _description(conf: SimulateConf, data: FederatedData) -> dict[str, Any]:
+def describe_supernet(settings: Mapping[str, Any], images: ImageSet) -> dict[str, Any]:
     """The supernet's settings with what the data fixes: channels, classes and, for a fixed network, the image size."""
-    _, channels, height, width = data.image_set.images.shape
-    settings = {**conf.supernet, "num_classes": len(data.image_set.class_names)}
+    _, channels, height, width = images.images.shape
+    settings = {**settings, "num_classes": len(images.class_names)}
     if settings["family"] == "fixed":
         return {**settings, "input_shape": [channels, height, width]}
     return {**settings, "in_channels": channels}

@@ -13,20 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save as save_tensors
-
 from conf.compose import encode_conf
 from fedofa.report.plots import plot_accuracy_vs_macs, plot_rounds
 from fedofa.search.fit import Fit
+from fedofa.supernet.base import Supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SubnetConfig
 from server.checkpoint import replace_file
 from server.federation import Parts
 from server.fleet import untrainable
 from server.strategy import FedOFA
+from server.weights import write_supernet
 
-_MARKERS = ("checkpoints", "rounds.jsonl", "summary.json")
+_MARKERS = ("checkpoints", "rounds.jsonl", "steps.jsonl", "summary.json")
 _VERSIONS = ("fedofa", "torch", "numpy", "flwr")
 COMPARISON_NAME = "FedAvg on the weakest device's subnet"
 
@@ -71,14 +70,7 @@ def write_outputs(
 ) -> dict[str, Any]:
     """Write everything a person or a program looks at, last the summary, which says that the run is done."""
     summary = build_summary(parts, strategy, on_clients, comparison)
-    state = strategy.state
-    arrays = {**state.tensors, **{f"ordering/{name}": order for name, order in state.ordering.items()}}
-    replace_file(
-        output_dir / "supernet.safetensors",
-        save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()}),
-    )
-    supernet = {"supernet": parts.supernet.description(), "normalisation": dict(parts.scorer.normalisation)}
-    replace_file(output_dir / "supernet.json", json.dumps(supernet, indent=1).encode())
+    write_supernet(output_dir, strategy.state, parts.supernet.description(), parts.scorer.normalisation)
     replace_file(output_dir / "config.json", json.dumps(json.loads(encode_conf(parts.conf)), indent=1).encode())
     plot_accuracy_vs_macs(summary, output_dir / "accuracy_vs_macs.png")
     beside = comparison.log.read() if comparison else []
@@ -108,8 +100,13 @@ def build_summary(
         "lost_rounds": [record["round"] for record in records if record["outcome"] == "given up"],
         "num_failures": sum(len(record["failures"]) for record in records),
         **totals,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS}}
 
 
 def _subnet_rows(parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -118,7 +115,8 @@ def _subnet_rows(parts: Parts, strategy: FedOFA, on_clients: Mapping[str, float]
     for name, subnet in strategy.subnets().items():
         fit, clients = classes.get(name, (None, 0))
         score = strategy.scores[name]
-        rows.append({**_row(parts, name, subnet, score.accuracy), "loss": score.loss, "num_clients": clients,
+        row = subnet_row(parts.supernet, name, subnet, score.accuracy)
+        rows.append({**row, "loss": score.loss, "num_clients": clients,
                      **_fit_row(fit), "client_test_accuracy": on_clients.get(name)})  # fmt: skip
     return rows
 
@@ -137,14 +135,15 @@ def _fit_row(fit: Fit | None) -> dict[str, Any]:
 
 def _comparison_row(parts: Parts, comparison: FedOFA) -> dict[str, Any]:
     subnet = comparison.plan.weakest().subnet
-    row = _row(parts, COMPARISON_NAME, subnet, comparison.scores["uniform"].accuracy)
+    row = subnet_row(parts.supernet, COMPARISON_NAME, subnet, comparison.scores["uniform"].accuracy)
     totals = {"bytes_down": comparison.totals.bytes_down, "bytes_up": comparison.totals.bytes_up,
               "cpu_seconds": comparison.totals.cpu_seconds, "wall_seconds": comparison.totals.wall_seconds}  # fmt: skip
     return {**row, "rounds": comparison.done, **totals}
 
 
-def _row(parts: Parts, name: str, subnet: SubnetConfig, accuracy: float) -> dict[str, Any]:
-    blocks, space = parts.supernet.block_costs(subnet), parts.supernet.space
+def subnet_row(supernet: Supernet, name: str, subnet: SubnetConfig, accuracy: float) -> dict[str, Any]:
+    """What a summary says of every subnet."""
+    blocks, space = supernet.block_costs(subnet), supernet.space
     return {
         "name": name,
         "digest": subnet.digest(),

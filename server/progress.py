@@ -1,9 +1,10 @@
-"""What a person sees while a run goes on: the fleet, then a bar with round, cohort, accuracy and time left."""
+"""What a person sees while a run goes on: the fleet, then a bar with round or step, accuracy or loss, and time left."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,21 @@ def wide_console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
+def new_bars(console: Console) -> Bars:
+    """A bar with what is done, a status and the time left; nothing where the console is not a terminal."""
+    return Bars(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
 class Progress:
     """Watches one run after the other; on a terminal as a moving bar, elsewhere as a line an evaluation."""
 
@@ -29,17 +45,7 @@ class Progress:
         self._console = console or wide_console(stderr=True)
         self._num_rounds = num_rounds
         self._title = "FedOFA"
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        self._bars = new_bars(self._console)
         self._task = None
         self._accuracy = ""
 
@@ -82,6 +88,33 @@ class Progress:
         if record.scores and not self._console.is_terminal:
             line = f"{self._title}: round {record.round} of {self._num_rounds}: {status}"
             self._console.print(line, soft_wrap=True, markup=False)
+
+
+class StepProgress:
+    """Watches a training on this machine; on a terminal as a moving bar, elsewhere as a line a checkpoint."""
+
+    def __init__(self, num_steps: int, done: int) -> None:
+        self._console = wide_console(stderr=True)
+        self._num_steps = num_steps
+        self._bars = new_bars(self._console)
+        self._task = self._bars.add_task("shrinking", total=num_steps, completed=done, status="")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def step_finished(self, line: Mapping[str, Any], *, report: bool) -> None:
+        """Move the bar; `line` is the step's in `steps.jsonl`, `report` asks for a line where there is no bar."""
+        status = f"{line['phase']}: loss {line['loss']:.3f} over {len(line['losses'])} subnets"
+        self._bars.update(self._task, completed=line["step"], status=status)
+        if report and not self._console.is_terminal:
+            text = f"step {line['step']:,} of {self._num_steps:,}, {status}"
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _given_up(record: RoundRecord) -> str:

@@ -45,3 +45,22 @@ def print_results(output_dir: Path) -> None:
         f"Results, pictures and the supernet are in {output_dir}",
         highlight=False,
     )
+
+
+def print_shrinking(output_dir: Path) -> None:
+    """Print the summary of a supernet's central training."""
+    summary = json.loads((output_dir / "summary.json").read_text())
+    console = wide_console()
+    calibrated = any(row["accuracy_uncalibrated"] is not None for row in summary["subnets"])
+    more = ["not calibrated"] if calibrated else []
+    table = Table("subnet", "MMACs", "parameters", "accuracy before", "after", *more)
+    for row in sorted(summary["subnets"], key=lambda row: row["macs"]):
+        figures = [row["accuracy_before"], row["accuracy"], *([row["accuracy_uncalibrated"]] if calibrated else [])]
+        cells = [f"{figure:.3f}" for figure in figures]
+        table.add_row(row["name"], f"{row['macs'] / 1e6:.2f}", f"{row['params']:,}", *cells)
+    console.print(table)
+    console.print(
+        f"{summary['steps']:,} steps ({summary['schedule']}), {summary['wall_seconds']:.0f} s wall, "
+        f"{summary['cpu_seconds']:.0f} s CPU. The supernet, its picture and the summary are in {output_dir}",
+        highlight=False,
+    )

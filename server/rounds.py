@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedofa.evaluation.metrics import Score
 from fedofa.types.errors import CheckpointError
@@ -138,13 +138,21 @@ class RoundRecord:
         }
 
 
+class Line(Protocol):
+    """What a diary takes down: a round, or a step."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's content."""
+        ...
+
+
 class RoundLog:
-    """`rounds.jsonl` of one run."""
+    """`rounds.jsonl` of one run (`steps.jsonl` where it trains on one machine)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, record: RoundRecord) -> int:
+    def append(self, record: Line) -> int:
         """Add a line, flush it to disk and return the file's length in bytes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -38,29 +38,40 @@ class Scorer:
         self.calibration = calibration
         self.normalisation = normalisation
         statistics = [item for item in supernet.slice_map(supernet.space.largest()) if item.role == "statistic"]
-        if statistics and not len(calibration.labels):
+        self.calibrates = bool(statistics)
+        if self.calibrates and not len(calibration.labels):
             raise ConfigError(
                 "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
                 "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples)"
             )
 
     def score(self, state: SharedState, subnets: Mapping[str, SubnetConfig]) -> dict[str, Score]:
-        """Score named subnets of a state; equal subnets are scored once."""
+        """Score named subnets of a state, calibrated; equal subnets are scored once."""
+        return self._score(subnets, lambda subnet: self.build(state, subnet))
+
+    def score_uncalibrated(self, state: SharedState, subnets: Mapping[str, SubnetConfig]) -> dict[str, Score]:
+        """The same with the statistics that the state holds: what a subnet without calibration would reach."""
+        return self._score(subnets, lambda subnet: self._cut(state, subnet))
+
+    def _score(
+        self, subnets: Mapping[str, SubnetConfig], module_of: Callable[[SubnetConfig], nn.Module]
+    ) -> dict[str, Score]:
         by_subnet: dict[SubnetConfig, Score] = {}
         for subnet in subnets.values():
             if subnet not in by_subnet:
-                module = self.build(state, subnet)
                 inputs = self._inputs(self.test, subnet)
-                by_subnet[subnet] = evaluate(module, inputs, torch.from_numpy(self.test.labels))
+                by_subnet[subnet] = evaluate(module_of(subnet), inputs, torch.from_numpy(self.test.labels))
         return {name: by_subnet[subnet] for name, subnet in subnets.items()}
 
     def build(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
         """The subnet as an ordinary module, its batch-norm statistics calibrated."""
-        shared = {name: torch.from_numpy(tensor) for name, tensor in state.tensors.items()}
-        module = self.supernet.build(subnet, shared)
-        if len(self.calibration.labels):
+        module = self._cut(state, subnet)
+        if self.calibrates:
             calibrate(module, self._inputs(self.calibration, subnet).split(_CALIBRATION_BATCH))
         return module
+
+    def _cut(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
+        return self.supernet.build(subnet, {name: torch.from_numpy(tensor) for name, tensor in state.tensors.items()})
 
     def calibrated_tensors(self, state: SharedState, subnet: SubnetConfig) -> dict[str, np.ndarray]:
         """The subnet's tensors with calibrated statistics: what clients need that train with frozen ones."""

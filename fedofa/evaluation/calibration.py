@@ -1,68 +1,142 @@
-"""Batch-norm calibration: the statistics of any subnet from a stream of images, in one pass."""
+"""Batch-norm calibration: the statistics of any subnet from a stream of images, in one pass.
+
+They travel as sums: what several parts of a stream give adds up to what the whole stream gives in one pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedofa.types.errors import DatasetError, SpaceError
 
-class _Moments:
-    """Running mean and variance of one norm's input, over batches: mean of variances plus variance of means."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelSums:
+    """What one norm has seen: values a channel, and their sum and sum of squares per channel, float64 `(channels,)`."""
+
+    count: int
+    total: np.ndarray
+    squares: np.ndarray
+
+    def __add__(self, other: ChannelSums) -> ChannelSums:
+        return ChannelSums(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean per channel, float64."""
+        return self.total / self.count
+
+    @property
+    def variance(self) -> np.ndarray:
+        """The population's variance per channel, float64."""
+        return np.maximum(self.squares / self.count - self.mean**2, 0.0)
+
+
+StatisticSums = Mapping[str, ChannelSums]
+"""By the norm's name in the module; empty for a module without batch norm."""
+
+
+class _Observer:
+    """Adds up what reaches one norm."""
 
     def __init__(self, norm: _BatchNorm) -> None:
-        self.norm = norm
-        self.count = 0
-        self.mean = torch.zeros(norm.num_features, dtype=torch.float64)
-        self.squares = torch.zeros(norm.num_features, dtype=torch.float64)  # sum of squared deviations from the mean
+        zeros = np.zeros(norm.num_features)
+        self.sums = ChannelSums(0, zeros, zeros)
         self.hook = norm.register_forward_pre_hook(self._observe)
 
     def _observe(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().transpose(0, 1).flatten(1)
-        count = x.shape[1]
-        variance, mean = torch.var_mean(x, dim=1, correction=0)
-        mean, total = mean.double().cpu(), self.count + count
-        shift = mean - self.mean
-        self.squares += variance.double().cpu() * count + shift.square() * (self.count * count / total)
-        self.mean += shift * (count / total)
-        self.count = total
-
-    def write(self) -> None:
-        """Put the statistics into the norm; the variance is the population's."""
-        if self.count and self.norm.running_mean is not None and self.norm.running_var is not None:
-            self.norm.running_mean.copy_(self.mean)
-            self.norm.running_var.copy_(self.squares / self.count)
+        x = inputs[0].detach().transpose(0, 1).flatten(1).double()
+        total, squares = x.sum(1).cpu().numpy(), x.square().sum(1).cpu().numpy()
+        self.sums = self.sums + ChannelSums(x.shape[1], total, squares)
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> bool:
-    """Replace every batch norm's running statistics by those of the batches; False where there is no batch norm.
+def statistic_sums(model: nn.Module, batches: Iterable[Tensor]) -> StatisticSums:
+    """Sums over everything that each batch norm of the module is fed with; the module is left in evaluation mode.
 
-    Each layer normalises by the current batch's statistics while it is observed, as Once-for-All does (section 3.3);
-    the pooled variance is the mean of the batches' variances plus the variance of their means.
+    While it is observed, a layer normalises by the current batch's own statistics, as Once-for-All does (section 3.3).
+    So the wrong running ones play no part, a batch's contribution does not depend on the batches before it, and the
+    sums of a stream are those of its parts, cut between batches. What deeper layers see does depend on how the stream
+    is cut into batches: use some 100 images a batch of mixed classes.
 
     Args:
+        model: a subnet; only its norms' momentum is touched, and put back.
         batches: `(batch, channels, height, width)`, normalised and at the subnet's resolution; at least 2 a batch.
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if not norms:
-        return False
-    moments = [_Moments(norm) for norm in norms]
-    momenta = [norm.momentum for norm in norms]
+        return {}
+    observers = {name: _Observer(norm) for name, norm in norms.items()}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
     model.eval()
-    for norm in norms:
+    for norm in norms.values():
         norm.train()
         norm.momentum = 0.0
     try:
         for batch in batches:
             model(batch)
     finally:
-        for norm, item, momentum in zip(norms, moments, momenta, strict=True):
-            item.hook.remove()
-            norm.momentum = momentum
-    for item in moments:
-        item.write()
-    model.eval()
-    return True
+        for name, norm in norms.items():
+            observers[name].hook.remove()
+            norm.momentum = momenta[name]
+        model.eval()
+    return {name: observer.sums for name, observer in observers.items()}
+
+
+def merge_sums(parts: Iterable[StatisticSums]) -> StatisticSums:
+    """The sums of all parts of a stream together.
+
+    Float64 addition rounds in the order of the parts: callers that need the same bits fix the order.
+
+    Raises:
+        SpaceError: when two parts do not come from the same subnet.
+    """
+    merged: dict[str, ChannelSums] = {}
+    for part in parts:
+        shapes = {name: sums.total.shape for name, sums in part.items()}
+        known = {name: sums.total.shape for name, sums in merged.items()} or shapes
+        if shapes != known:
+            differing = sorted(name for name in shapes.keys() | known.keys() if shapes.get(name) != known.get(name))
+            raise SpaceError(f"statistics of two subnets cannot be merged: {differing[:3]} differ; sum each on its own")
+        merged = {name: merged[name] + sums if merged else sums for name, sums in part.items()}
+    return merged
+
+
+@torch.no_grad()
+def apply_sums(model: nn.Module, sums: StatisticSums) -> None:
+    """Put mean and the population's variance into every batch norm's running statistics.
+
+    Raises:
+        SpaceError: when the sums are not this module's.
+        DatasetError: when nothing was observed.
+    """
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    found = {name: item.total.shape for name, item in sums.items()}
+    expected = {name: (norm.num_features,) for name, norm in norms.items()}
+    if found != expected:
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise SpaceError(f"statistics of another subnet: {differing[:3]} are missing, unknown or of another width")
+    for name, norm in norms.items():
+        if not sums[name].count:
+            raise DatasetError(f"calibration of {name!r}: expected at least one batch of images, found none")
+        if norm.running_mean is not None and norm.running_var is not None:
+            norm.running_mean.copy_(torch.from_numpy(sums[name].mean))
+            norm.running_var.copy_(torch.from_numpy(sums[name].variance))
+
+
+def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> bool:
+    """Replace every batch norm's running statistics by those of the batches; False where there is no batch norm.
+
+    Args:
+        batches: as `statistic_sums` takes them.
+    """
+    sums = statistic_sums(model, batches)
+    if sums:
+        apply_sums(model, sums)
+    return bool(sums)

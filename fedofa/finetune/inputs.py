@@ -25,6 +25,11 @@ def prepare_inputs(
         values.div_(255.0)
     shape = (1, values.shape[1], -1, 1)
     pixels = values.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+    return resized(pixels, resolution)
+
+
+def resized(pixels: Tensor, resolution: int | None) -> Tensor:
+    """Images `(num_examples, channels, height, width)` as squares of that side in pixels; None keeps the size."""
     if resolution is None or pixels.shape[-2:] == (resolution, resolution):
         return pixels
     return functional.interpolate(pixels, size=(resolution, resolution), mode="bilinear", antialias=True)

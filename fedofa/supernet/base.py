@@ -18,6 +18,9 @@ from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
 
+_KEPT_SLICE_MAPS = 256
+"""Maps of the last so many subnets are kept: training meets a new one every step, a fleet the same ones every round."""
+
 
 def assemble(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Put tensors into a skeleton from the meta device, which becomes an ordinary module that owns them.
@@ -116,6 +119,8 @@ class Supernet(nn.Module, ABC):
         """
         if subnet not in self._slice_maps:
             self.space.check(subnet)
+            if len(self._slice_maps) >= _KEPT_SLICE_MAPS:
+                self._slice_maps.pop(next(iter(self._slice_maps)))
             self._slice_maps[subnet] = SliceMap([self._slice(item) for item in self.parameter_table(subnet)])
         return self._slice_maps[subnet]
 

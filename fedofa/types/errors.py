@@ -29,12 +29,16 @@ class FoldError(FedofaError, ArithmeticError):
     """Sums would leave the fixed-point range, or two sums do not belong together."""
 
 
+class DivergenceError(FedofaError, ArithmeticError):
+    """A training's loss is no longer finite."""
+
+
 class CheckpointError(FedofaError, ValueError):
     """A checkpoint is truncated, tampered with or belongs to another run."""
 
 
 class InfeasibilityError(FedofaError, ValueError):
-    """No subnet and plan fit a device's budgets."""
+    """No subnet and plan fit a device's budgets, or no subnet has the MACs that were asked for."""
 
 
 class QuorumError(FedofaError, RuntimeError):

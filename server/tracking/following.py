@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 from rich.console import Console
 
+from conf.compose import encode_conf
 from conf.schema import SimulateConf
 from fedofa.types.errors import TrackingError
 from server.federation import flat_settings
@@ -121,7 +123,11 @@ class Tracking:
                 follower.results(summary["comparison"], ())
 
     def _open(self, strategy: FedOFA, folder: Path) -> Follower:
-        changeable = {name: value for name, value in flat_settings(self._conf).items() if name not in strategy.run}
+        changeable = {
+            name: value
+            for name, value in flat_settings(json.loads(encode_conf(self._conf))).items()
+            if name not in strategy.run
+        }
         facts = RunFacts(folder, self._output_dir, strategy.run, changeable, strategy.done)
         name = self._conf.tracking.name
         tracker = open_tracker(self._conf.tracking, facts)

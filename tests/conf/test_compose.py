@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from conf.compose import compose_conf, encode_conf, known_keys, load_conf
-from conf.schema import SOURCES, BlockConf, DeviceClassConf, MobileNetV3Conf, ResidualStageConf, SimulateConf, StageConf
+from conf.compose import compose_conf, compose_shrink_conf, encode_conf, known_keys, load_conf
+from conf.schema import (
+    SOURCES,
+    BlockConf,
+    DeviceClassConf,
+    MobileNetV3Conf,
+    ResidualStageConf,
+    ShrinkConf,
+    SimulateConf,
+    StageConf,
+)
 from fedofa.supernet.families import build_supernet
 from fedofa.supernet.pretrained import READY_MADE
 from fedofa.supernet.published import PUBLISHED
@@ -17,6 +26,13 @@ ROOT = Path(str(files("conf")))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml") if path.parent.name != "experiment")
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
 GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "supernet", "tracking")
+OF_SHRINK = ("data", "shrinking", "supernet")
+
+
+def composed(group: str, *overrides: str) -> DictConfig:
+    """The settings of a command that has the group."""
+    compose = compose_conf if group in GROUPS else compose_shrink_conf
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose(overrides))))
 
 
 def refused(*overrides: str) -> str:
@@ -37,14 +53,14 @@ def test_the_defaults_compose():
 
 
 def test_every_group_has_options():
-    assert sorted({group for group, _ in OPTIONS}) == sorted(GROUPS)
+    assert {group for group, _ in OPTIONS} == {*GROUPS, *OF_SHRINK}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
 def test_every_option_composes_and_takes_effect(group, name):
     given = OmegaConf.load(ROOT / group / f"{name}.yaml")
     asked = [f"{group}.{key}=null" for key in given if OmegaConf.is_missing(given, key)]
-    found = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose_conf([f"{group}={name}", *asked]))))
+    found = composed(group, f"{group}={name}", *asked)
     if "blocks" in given:
         given.blocks = [OmegaConf.to_container(OmegaConf.merge(BlockConf, block)) for block in given.blocks]
     for key, value in leaves(OmegaConf.to_container(given), package(Path(group) / f"{name}.yaml")):
@@ -69,7 +85,8 @@ def leaves(value: dict, prefix: str) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("path", YAML, ids=str)
 def test_every_key_of_every_file_is_in_the_schema(path):
-    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), package(path))) - known_keys())
+    known = known_keys(ShrinkConf) if path.stem == "shrink" or path.parent.name == "shrinking" else known_keys()
+    unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), package(path))) - known)
     assert not unknown
 
 
@@ -253,6 +270,23 @@ def test_the_presets_of_pretrained_networks_describe_them(name):
 def test_where_pretrained_weights_come_from_is_said_or_asked_for():
     assert compose_conf(["supernet=efficientnet_lite0"]).supernet["pretrained"] is True
     assert refused("supernet=mobilenet_v2") == ("settings without a value: supernet.pretrained; give them as key=value")
+
+
+def test_the_settings_of_shrink_compose_and_name_their_own_keys():
+    conf = compose_shrink_conf(["shrinking=attentive", "supernet.norm=batch", "shrinking.candidates=5"])
+    assert isinstance(conf, ShrinkConf)
+    assert (conf.shrinking.schedule, conf.shrinking.candidates, conf.supernet["norm"]) == ("attentive", 5, "batch")
+    assert (conf.shrinking.teacher_loss.kind, conf.shrinking.teacher_loss.max_ratio) == ("alpha_divergence", 5.0)
+    assert compose_shrink_conf().shrinking.schedule == "sandwich"
+    for override, message in [
+        ("shrinking.candidats=2", "shrinking.candidats: unknown setting; did you mean 'shrinking.candidates'?"),
+        ("fleet.zzz=3", "fleet: unknown setting; `fedofa settings shrink` prints all of them"),
+        ("shrinking=fast", "shrinking/fast: no such option; available: attentive, progressive, sandwich"),
+        ("shrinking.steps=many", "shrinking.steps: Value 'many'"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            compose_shrink_conf([override])
+        assert str(caught.value).startswith(message)
 
 
 def test_a_group_set_to_null_is_refused():

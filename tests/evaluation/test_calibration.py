@@ -1,14 +1,24 @@
-"""Calibration: pooled statistics over uneven batches, and a subnet that regains its accuracy by them."""
+"""Calibration: pooled statistics over uneven batches, sums that merge, and subnets that regain accuracy by them."""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from cohorts import build_supernet
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from fedofa.evaluation.calibration import calibrate
+from fedofa.data.sources import load_source
+from fedofa.evaluation.calibration import ChannelSums, apply_sums, calibrate, merge_sums, statistic_sums
 from fedofa.evaluation.metrics import evaluate
+from fedofa.finetune.inputs import prepare_inputs
+from fedofa.shrinking.central import CentralShrinking, CentralTraining
+from fedofa.shrinking.schedule import ShrinkSchedule
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
+from fedofa.types.errors import DatasetError, SpaceError
 
 SUPERNET = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.smallest()
@@ -111,3 +121,86 @@ def test_a_subnet_with_wrong_statistics_regains_its_accuracy():
     assert evaluate(model, *test).accuracy < 0.7
     calibrate(model, inputs.split(20))
     assert evaluate(model, *test).accuracy > 0.95
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=5), st.lists(st.integers(0, 4), max_size=4), st.data())
+def test_sums_of_parts_merge_to_those_of_one_pass(sizes, cuts, data):
+    """The batches of a stream, dealt out to parts in any way and merged in any order."""
+    model = SUPERNET.build(SUBNET)
+    batches = images(sum(sizes)).split(sizes)
+    whole = statistic_sums(model, batches)
+    bounds = [0, *sorted(min(cut, len(sizes)) for cut in cuts), len(sizes)]
+    parts = [batches[start:end] for start, end in itertools.pairwise(bounds)]
+    order = data.draw(st.permutations(range(len(parts))))
+    merged = merge_sums(statistic_sums(model, parts[index]) for index in order)
+    assert set(merged) == set(whole) != set()
+    for name, sums in whole.items():
+        assert merged[name].count == sums.count
+        np.testing.assert_allclose(merged[name].total, sums.total, rtol=1e-10, atol=1e-9)
+        np.testing.assert_allclose(merged[name].squares, sums.squares, rtol=1e-12)
+    apply_sums(model, merged)
+    once = SUPERNET.build(SUBNET)
+    calibrate(once, batches)
+    for (name, got), (_, expected) in zip(model.named_buffers(), once.named_buffers(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_sums_are_those_of_the_values():
+    values = np.random.default_rng(0).normal(50.0, 0.01, (1000, 3))
+    sums = ChannelSums(1000, values.sum(0), np.square(values).sum(0))
+    np.testing.assert_allclose(sums.mean, values.mean(0))
+    np.testing.assert_allclose(sums.variance, values.var(0), rtol=1e-6)
+    assert (ChannelSums(2, np.array([0.2]), np.array([0.02 - 1e-18])).variance >= 0).all()
+
+
+def test_sums_of_another_subnet_or_of_nothing_are_refused():
+    small, large = SUPERNET.build(SUBNET), SUPERNET.build(SUPERNET.space.largest())
+    sums = statistic_sums(small, [images()])
+    with pytest.raises(SpaceError, match="two subnets cannot be merged"):
+        merge_sums([sums, statistic_sums(large, [images()])])
+    with pytest.raises(SpaceError, match="another subnet"):
+        apply_sums(large, sums)
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    with pytest.raises(DatasetError, match="at least one batch"):
+        calibrate(small, [])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+
+
+@pytest.mark.slow
+def test_ten_random_subnets_of_a_trained_supernet_before_and_after(tmp_path):
+    """Digits; "before" has the largest subnet's calibrated statistics, as published supernets carry them."""
+    digits = load_source("mnist5k", None, tmp_path)
+    order = np.random.default_rng(0).permutation(len(digits.labels))
+    train, test = order[:2000], order[2000:2500]
+    stages = (StageSpec(16, 2, "relu", True), StageSpec(24, 2, "h_swish", False))
+    spec = MobileNetV3Spec(
+        in_channels=1, num_classes=10, stem_width=8, first_width=8, stages=stages, final_width=32, feature_width=32,
+        expands=(2, 3, 4), depths=(1, 2), resolutions=(20,), norm="batch", dropout=0.0,
+    )  # fmt: skip
+    supernet = MobileNetV3Supernet(spec, torch.Generator().manual_seed(0))
+    schedule = ShrinkSchedule.sandwich(supernet.space, 150)
+    recipe = CentralTraining(learning_rate=0.3, batch_size=32, label_smoothing=0.0, max_gradient_norm=5.0)
+    shrinking = CentralShrinking(
+        supernet, schedule, recipe, digits.images[train], digits.labels[train], digits.mean, digits.std, seed=0
+    )
+    for _ in range(schedule.num_steps):
+        shrinking.advance()
+
+    seen = prepare_inputs(digits.images[train], digits.mean, digits.std, 20).split(100)
+    unseen = prepare_inputs(digits.images[test], digits.mean, digits.std, 20), torch.from_numpy(digits.labels[test])
+    largest = supernet.build(supernet.space.largest())
+    calibrate(largest, seen)
+    with torch.no_grad():
+        for name, statistic in supernet.network.named_buffers():
+            statistic.copy_(largest.state_dict()[name])
+    rng, before, after = np.random.default_rng(1), [], []
+    for _ in range(10):
+        module = supernet.build(supernet.space.sample(rng))
+        before.append(evaluate(module, *unseen).accuracy)
+        calibrate(module, seen)
+        after.append(evaluate(module, *unseen).accuracy)
+    print(f"before {np.round(before, 3).tolist()}, after {np.round(after, 3).tolist()}")
+    assert all(late > early for early, late in zip(before, after, strict=True))
+    assert min(after) > 0.8
+    assert np.mean(after) - np.mean(before) > 0.1

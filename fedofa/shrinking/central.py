@@ -1,0 +1,264 @@
+"""Shrinking on one machine: several subnets a step, their gradients added up in the shared weights.
+
+Everything random in a step comes from (seed, number of the step), so a run that goes on from a checkpoint needs no
+random state. With one torch thread it ends with the same bits as a run that never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fedofa.finetune.inputs import prepare_inputs, resized
+from fedofa.finetune.trainer import shifted
+from fedofa.shrinking.losses import build_distance
+from fedofa.shrinking.sampling import PhaseSampler
+from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
+from fedofa.supernet.base import Supernet
+from fedofa.types.errors import CheckpointError, ConfigError, DatasetError, DivergenceError
+from fedofa.types.space import SubnetConfig
+from fedofa.types.state import SharedState
+
+_SUBNETS, _ORDER, _IMAGES = 1, 2, 3
+"""Tell the random numbers of subnets, of the examples' order and of augmentation and dropout apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class CentralTraining:
+    """The optimiser's recipe: SGD with Nesterov momentum.
+
+    Args:
+        learning_rate: at its highest; the schedule says how it runs.
+        momentum: of SGD.
+        weight_decay: of convolutions and the classifier; norms, biases and kernel matrices (which would shrink towards
+            zero, not towards the identity) do not decay.
+        batch_size: examples a step; every subnet of the step sees the same ones.
+        label_smoothing: share of the target spread over all classes.
+        max_gradient_norm: the summed gradients are scaled down to this L2 norm; 0 leaves them as they are.
+        max_shift: each image is moved by up to so many pixels along both sides.
+    """
+
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 3e-5
+    batch_size: int = 64
+    label_smoothing: float = 0.1
+    max_gradient_norm: float = 1.0
+    max_shift: int = 0
+
+    def __post_init__(self) -> None:
+        self._expect("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
+        self._expect("momentum", 0 < self.momentum < 1, "a number in (0, 1)")
+        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        self._expect("batch_size", self.batch_size >= 2, "at least 2")
+        self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
+        self._expect("max_gradient_norm", 0 <= self.max_gradient_norm < math.inf, "a number of at least 0")
+        self._expect("max_shift", self.max_shift >= 0, "at least 0")
+
+    def _expect(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ConfigError(f"shrinking.{name}: expected {wanted}, found {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkStep:
+    """What one step did: its number (from 1), its phase, the learning rate, and the subnets' losses in their order."""
+
+    step: int
+    phase: str
+    learning_rate: float
+    losses: Mapping[SubnetConfig, float]
+
+
+class CentralShrinking:
+    """Trains a supernet's shared weights, kernel matrices included, by a schedule; one `advance` is one step.
+
+    Args:
+        supernet: holds the weights, which change in place.
+        schedule: which subnets learn when from whom.
+        training: the recipe.
+        images: `(num_examples, channels, height, width)`, uint8.
+        labels: `(num_examples,)`, int64.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        seed: of everything random.
+
+    Raises:
+        SpaceError, InfeasibilityError: when a phase leaves the space, before anything trains.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        schedule: ShrinkSchedule,
+        training: CentralTraining,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        seed: int,
+    ) -> None:
+        if len(labels) < 2:
+            raise DatasetError(f"shrinking needs at least 2 training examples, found {len(labels)}")
+        self.supernet = supernet
+        self.schedule = schedule
+        self.training = training
+        self.seed = seed
+        self.done = 0
+        self._images, self._labels = images, np.asarray(labels, np.int64)
+        self._mean, self._std = tuple(mean), tuple(std)
+        self._samplers = [PhaseSampler(supernet.space, phase, self._macs) for phase in schedule.phases]
+        self._parameters = dict(supernet.network.named_parameters())
+        self._optimiser = _build_optimiser(self._parameters, training)
+        self._teacher: dict[str, Tensor] | None = None
+        self._teacher_module: nn.Module | None = None
+
+    def advance(self) -> ShrinkStep:
+        """Take the next step.
+
+        Raises:
+            DivergenceError: when the loss is no longer finite; the weights are then those before the step.
+        """
+        index, within = self.schedule.phase_at(self.done)
+        phase, rate = self.schedule.phases[index], self._set_rate(index, within)
+        if phase.teacher == "trained" and self._teacher is None:
+            self._teacher = {name: tensor.detach().clone() for name, tensor in self.supernet.shared().items()}
+        self.supernet.train()
+        self._optimiser.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self._seed_of(_IMAGES, self.done))
+            losses = self._accumulate(phase, self._samplers[index])
+        if not all(map(math.isfinite, losses.values())):
+            raise DivergenceError(
+                f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; go on from the last "
+                "checkpoint with a lower shrinking.learning_rate"
+            )
+        if self.training.max_gradient_norm:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self.training.max_gradient_norm)
+        self._optimiser.step()
+        self.done += 1
+        return ShrinkStep(self.done, phase.name, rate, losses)
+
+    def _accumulate(self, phase: ShrinkPhase, sampler: PhaseSampler) -> dict[SubnetConfig, float]:
+        """The gradients of all subnets of the step in the shared weights, and their losses."""
+        batch = self._batch()
+        generator = torch.Generator().manual_seed(self._seed_of(_IMAGES, self.done))
+        pixels = prepare_inputs(self._images[batch], self._mean, self._std)
+        pixels, labels = shifted(pixels, self.training.max_shift, generator), torch.from_numpy(self._labels[batch])
+        inputs_of = lru_cache(maxsize=None)(lambda subnet: self._inputs(pixels, subnet))
+        label_loss = self._label_loss(labels)
+        score_of = self._score(inputs_of, labels) if phase.candidates > 1 else None
+        rng = np.random.default_rng([self.seed, _SUBNETS, self.done])
+        teacher = self._trained_logits(inputs_of) if phase.teacher == "trained" else None
+        distance = build_distance(phase.loss)
+        losses = {}
+        for subnet in sampler.draw(rng, score_of):
+            logits = self.supernet(inputs_of(subnet), subnet)
+            if teacher is None:
+                loss = label_loss(logits)
+            else:
+                loss = phase.teacher_weight * distance(logits, teacher)
+                loss = loss + phase.label_weight * label_loss(logits) if phase.label_weight else loss
+            loss.backward()
+            losses[subnet] = float(loss.detach())
+            if phase.teacher == "in_place" and teacher is None:
+                teacher = logits.detach()
+        return losses
+
+    def _batch(self) -> np.ndarray:
+        """Indices of the step's examples: every epoch in an order of its own, what does not fill a batch left out."""
+        size = min(self.training.batch_size, len(self._labels))
+        per_epoch = len(self._labels) // size
+        epoch, number = divmod(self.done, per_epoch)
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self._labels))
+        return order[number * size : (number + 1) * size]
+
+    def _inputs(self, pixels: Tensor, subnet: SubnetConfig) -> Tensor:
+        side = self.supernet.resolution(subnet)
+        return resized(pixels, side).contiguous(memory_format=torch.channels_last)
+
+    def _label_loss(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
+        smoothing = self.training.label_smoothing
+        return lambda logits: functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+    def _score(self, inputs_of: Callable[[SubnetConfig], Tensor], labels: Tensor) -> Callable[[SubnetConfig], float]:
+        """Minus a candidate's loss on the step's examples (AttentiveNAS, arXiv 2011.09011)."""
+
+        @torch.no_grad()
+        def score(subnet: SubnetConfig) -> float:
+            return -float(functional.cross_entropy(self.supernet(inputs_of(subnet), subnet), labels))
+
+        return score
+
+    @torch.no_grad()
+    def _trained_logits(self, inputs_of: Callable[[SubnetConfig], Tensor]) -> Tensor:
+        """The trained largest network's; its batch norms use the batch's own statistics, like the subnets'."""
+        largest = self.supernet.space.largest()
+        if self._teacher_module is None:
+            self._teacher_module = self.supernet.build(largest, self._teacher).eval()
+            for module in self._teacher_module.modules():
+                if isinstance(module, _BatchNorm):
+                    module.train()
+        return self._teacher_module(inputs_of(largest))
+
+    def _macs(self, subnet: SubnetConfig) -> int:
+        return sum(block.macs for block in self.supernet.block_costs(subnet))
+
+    def _set_rate(self, index: int, within: int) -> float:
+        rate = self.training.learning_rate * self.schedule.phases[index].rate(within)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _seed_of(self, stream: int, number: int) -> int:
+        return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0] >> 1)
+
+    def state(self) -> SharedState:
+        """Everything that the next step depends on: the version is the steps done, the moments momentum and teacher."""
+        tensors = self.supernet.state()
+        momentum = {
+            name: state["momentum_buffer"].detach().numpy().copy()
+            for name, parameter in self._parameters.items()
+            if (state := self._optimiser.state.get(parameter)) and state.get("momentum_buffer") is not None
+        }
+        teacher = {name: tensor.numpy().copy() for name, tensor in (self._teacher or {}).items()}
+        return SharedState(self.done, tensors.tensors, tensors.ordering, {"momentum": momentum, "teacher": teacher})
+
+    def restore(self, state: SharedState) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            CheckpointError: when it is of another supernet or beyond the schedule.
+        """
+        if state.version > self.schedule.num_steps:
+            raise CheckpointError(
+                f"the checkpoint is of step {state.version:,}, beyond the schedule's {self.schedule.num_steps:,}; "
+                "resume with the schedule it was made with"
+            )
+        self.supernet.load_state(state)
+        self._optimiser.state.clear()
+        for name, value in state.moments.get("momentum", {}).items():
+            if name not in self._parameters or tuple(self._parameters[name].shape) != value.shape:
+                raise CheckpointError(f"the checkpoint has momentum for {name!r}, which this supernet does not have")
+            self._optimiser.state[self._parameters[name]]["momentum_buffer"] = torch.from_numpy(value.copy())
+        teacher = state.moments.get("teacher", {})
+        self._teacher = {name: torch.from_numpy(value.copy()) for name, value in teacher.items()} or None
+        self._teacher_module = None
+        self.done = state.version
+
+
+def _build_optimiser(parameters: Mapping[str, nn.Parameter], training: CentralTraining) -> torch.optim.SGD:
+    decaying = [item for name, item in parameters.items() if item.dim() > 1 and ".matrix_" not in name]
+    others = [item for name, item in parameters.items() if not (item.dim() > 1 and ".matrix_" not in name)]
+    groups = [{"params": decaying, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]], training.learning_rate, training.momentum, nesterov=True
+    )

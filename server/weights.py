@@ -1,0 +1,77 @@
+"""A run's supernet as files, `supernet.safetensors` and `supernet.json`: written at its end, a start for other runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedofa.supernet.base import Supernet
+from fedofa.types.errors import CheckpointError
+from fedofa.types.state import SharedState
+from server.checkpoint import replace_file
+
+_TENSORS, _DESCRIPTION = "supernet.safetensors", "supernet.json"
+_ORDERING = "ordering/"
+_MAY_DIFFER = ("dropout",)
+"""Settings of a supernet that change none of its weights and none of its subnets."""
+
+
+def write_supernet(
+    folder: Path, state: SharedState, description: Mapping[str, Any], normalisation: Mapping[str, list[float]]
+) -> None:
+    """Write both files, each whole or not at all.
+
+    Args:
+        description: what `Supernet.description` gives.
+        normalisation: per-channel "mean" and "std" of the pixels that the weights were trained on, scaled to [0, 1].
+    """
+    arrays = {**state.tensors, **{f"{_ORDERING}{name}": order for name, order in state.ordering.items()}}
+    tensors = save_tensors({name: np.asarray(value, order="C") for name, value in arrays.items()})
+    replace_file(folder / _TENSORS, tensors)
+    content = {"supernet": dict(description), "normalisation": dict(normalisation)}
+    replace_file(folder / _DESCRIPTION, json.dumps(content, indent=1).encode())
+
+
+def start_from(supernet: Supernet, folder: Path) -> None:
+    """Take over the weights and the channel ordering that a run left in `folder`.
+
+    Raises:
+        CheckpointError: when a file is missing or damaged, or holds a supernet of another space (the settings that
+            differ are named).
+    """
+    folder = folder.parent if folder.name == _TENSORS else folder
+    try:
+        description = json.loads((folder / _DESCRIPTION).read_bytes())["supernet"]
+        arrays = load_tensors((folder / _TENSORS).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"supernet_weights: {folder} cannot be read: {error!r}; expected a run's folder with {_TENSORS} and "
+            f"{_DESCRIPTION}"
+        ) from error
+    _check_description(folder, description, supernet.description())
+    ordering = {name.removeprefix(_ORDERING): item for name, item in arrays.items() if name.startswith(_ORDERING)}
+    tensors = {name: item for name, item in arrays.items() if not name.startswith(_ORDERING)}
+    try:
+        supernet.load_state(SharedState(0, tensors, ordering))
+    except CheckpointError as error:
+        raise CheckpointError(f"supernet_weights: {folder / _TENSORS}: {error}") from error
+
+
+def _check_description(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    differing = [
+        f"{name}: {found.get(name)!r} there, {expected.get(name)!r} here"
+        for name in sorted(found.keys() | expected.keys())
+        if name not in _MAY_DIFFER and found.get(name) != expected.get(name)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"supernet_weights: {folder} holds a supernet of another space: {'; '.join(differing[:5])}. Use the "
+            "supernet settings and data that it was made with"
+        )

@@ -1,0 +1,193 @@
+"""The central loop: what trains, what stays, the same bits every time, and going on as if it had never stopped."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cohorts import build_supernet
+from torch.nn import functional
+
+from fedofa.finetune.inputs import prepare_inputs, resized
+from fedofa.shrinking.central import CentralShrinking, CentralTraining
+from fedofa.shrinking.losses import soft_cross_entropy
+from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule, TeacherLoss
+from fedofa.types.errors import CheckpointError, ConfigError, DatasetError, DivergenceError, SpaceError
+
+RNG = np.random.default_rng(0)
+LABELS = RNG.integers(0, 5, 50)
+STRIPES = np.sin(np.arange(20) * (LABELS[:, None] + 1) * np.pi / 6)[:, None, None, :].repeat(20, axis=2)
+IMAGES = (128 + 70 * STRIPES + RNG.integers(-50, 51, STRIPES.shape)).astype(np.uint8)
+SPACE = build_supernet().space
+ALL = {axis.name: axis.values for axis in SPACE.axes}
+TRAINING = CentralTraining(learning_rate=0.05, batch_size=16, max_shift=1)
+ALPHA = TeacherLoss("alpha_divergence")
+SCHEDULES = {
+    "progressive": ShrinkSchedule.progressive(SPACE, 10),
+    "sandwich": ShrinkSchedule.sandwich(SPACE, 6),
+    "attentive": ShrinkSchedule.attentive(SPACE, 4, num_random=1, candidates=2, prefer="worst", loss=ALPHA),
+}
+
+
+def fresh_supernet(*, norm: str = "group", dropout: float = 0.0):
+    supernet = build_supernet(norm=norm)
+    supernet.spec = replace(supernet.spec, dropout=dropout)
+    return supernet
+
+
+def build(schedule, training=TRAINING, *, norm: str = "group", dropout: float = 0.0, seed: int = 3) -> CentralShrinking:
+    supernet = fresh_supernet(norm=norm, dropout=dropout)
+    return CentralShrinking(supernet, schedule, training, IMAGES, LABELS, [0.5], [0.25], seed=seed)
+
+
+def one_phase(**settings) -> ShrinkSchedule:
+    return ShrinkSchedule((ShrinkPhase(**{"name": "a", "steps": 5, "elastic": ALL, **settings}),))
+
+
+def run(shrinking: CentralShrinking, steps: int | None = None) -> str:
+    for _ in range(shrinking.schedule.num_steps - shrinking.done if steps is None else steps):
+        shrinking.advance()
+    return shrinking.state().digest()
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(name, norm):
+    schedule = SCHEDULES[name]
+    whole = run(build(schedule, norm=norm, dropout=0.2))
+    assert whole == run(build(schedule, norm=norm, dropout=0.2)), "the same seed gives the same bits"
+    assert whole != run(build(schedule, norm=norm, dropout=0.2, seed=4))
+    first = build(schedule, norm=norm, dropout=0.2)
+    run(first, schedule.num_steps // 2 + 1)
+    second = build(schedule, norm=norm, dropout=0.2)
+    run(second, 1)  # whatever it did before does not matter
+    second.restore(first.state())
+    assert second.done == first.done
+    assert run(second) == whole
+
+
+def test_a_steps_gradient_is_the_sum_over_its_subnets():
+    """One step of plain SGD from the weights, against the same loss written down."""
+    schedule = one_phase(
+        sandwich=True, num_random=1, teacher="in_place", label_weight=0.5, teacher_weight=2.0, warmup_fraction=0.0
+    )
+    recipe = CentralTraining(learning_rate=0.1, batch_size=50, weight_decay=0.01, max_gradient_norm=0.0)
+    shrinking = build(schedule, recipe)
+    subnets = list(shrinking.advance().losses)
+    assert (subnets[0], subnets[-1], len(subnets)) == (SPACE.largest(), SPACE.smallest(), 3)
+
+    supernet = fresh_supernet().train()
+    before = {name: item.detach().clone() for name, item in supernet.network.named_parameters()}
+    pixels, labels = prepare_inputs(IMAGES, [0.5], [0.25]), torch.from_numpy(LABELS)
+    logits = {subnet: supernet(resized(pixels, supernet.resolution(subnet)), subnet) for subnet in subnets}
+    ce = {subnet: functional.cross_entropy(item, labels, label_smoothing=0.1) for subnet, item in logits.items()}
+    teacher = logits[subnets[0]].detach()
+    loss = ce[subnets[0]] + sum(
+        2.0 * soft_cross_entropy(logits[subnet], teacher) + 0.5 * ce[subnet] for subnet in subnets[1:]
+    )
+    loss.backward()
+    for name, parameter in supernet.network.named_parameters():
+        if parameter.grad is None:  # no subnet of this step has it
+            assert torch.equal(shrinking.supernet.shared()[name], before[name])
+            continue
+        decays = parameter.dim() > 1 and "matrix" not in name
+        gradient = parameter.grad + (0.01 * before[name] if decays else 0.0)
+        expected = before[name] - 0.1 * 1.9 * gradient  # Nesterov's first step looks one momentum ahead
+        torch.testing.assert_close(shrinking.supernet.shared()[name], expected, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_kernel_matrices_train_and_unused_weights_stay():
+    shrinking = build(one_phase(elastic={"kernel": (3,), "depth": (1,), "expand": (1,)}))
+    before = {name: tensor.copy() for name, tensor in shrinking.state().tensors.items()}
+    run(shrinking, 3)
+    after = shrinking.state().tensors
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {"stages.1.0.depthwise.matrix_7to5", "stages.2.0.depthwise.matrix_5to3"} <= changed
+    assert not [name for name in changed if name.startswith(("stages.1.1", "stages.2.1"))], "blocks beyond the depth"
+    kernel = "stages.1.0.depthwise.conv.weight"
+    ring = np.ones((7, 7), bool)
+    ring[1:6, 1:6] = False
+    free = CentralTraining(learning_rate=0.05, batch_size=16, weight_decay=0.0)
+    shrinking = build(one_phase(elastic={"kernel": (3,), "depth": (1,), "expand": (1,)}), free)
+    run(shrinking, 3)
+    after = shrinking.state().tensors[kernel]
+    assert np.array_equal(before[kernel][..., ring], after[..., ring])
+    assert not np.array_equal(before[kernel], after)
+
+
+def test_the_teacher_is_the_network_as_it_was_when_its_first_phase_began():
+    largest = ShrinkPhase("largest", 2, {}, num_random=1)
+    taught = ShrinkPhase("kernel", 3, {"kernel": (3,)}, teacher="trained", label_weight=0.0)
+    shrinking = build(ShrinkSchedule((largest, taught)), replace(TRAINING, max_shift=0, batch_size=50))
+    run(shrinking, 2)
+    start = shrinking.state()
+    assert not start.moments["teacher"]
+    run(shrinking, 2)
+    kept = shrinking.state().moments["teacher"]
+    assert set(kept) == set(start.tensors)
+    assert all(np.array_equal(kept[name], start.tensors[name]) for name in kept)
+    teacher = fresh_supernet()
+    teacher.load_state(start)
+    now = fresh_supernet()
+    now.load_state(shrinking.state())
+    pixels = prepare_inputs(IMAGES, [0.5], [0.25])
+    with torch.no_grad():
+        (subnet,) = [SPACE.subnet(kernel=3)]
+        expected = float(soft_cross_entropy(now(pixels, subnet), teacher(pixels, SPACE.largest())))
+    ((trained, loss),) = shrinking.advance().losses.items()
+    assert trained == subnet
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_every_example_is_seen_once_an_epoch():
+    shrinking = build(one_phase(), CentralTraining(batch_size=25))
+    seen = []
+    for shrinking.done in range(4):
+        seen.append(shrinking._batch().tolist())
+    assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == list(range(50))
+    assert seen[:2] != seen[2:]
+
+
+def test_worst_candidates_have_the_higher_loss():
+    losses = {}
+    for prefer in ("best", "worst"):
+        schedule = ShrinkSchedule((ShrinkPhase("a", 4, ALL, candidates=6, prefer=prefer, macs_tolerance=0.3),))
+        shrinking = build(schedule, CentralTraining(learning_rate=1e-6, batch_size=50, label_smoothing=0.0))
+        losses[prefer] = np.mean([list(shrinking.advance().losses.values()) for _ in range(4)])
+    assert losses["worst"] > losses["best"]
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_training_learns(norm):
+    """All subnets of the sandwich end with a lower loss on what they are trained on."""
+    shrinking = build(ShrinkSchedule.sandwich(SPACE, 30, num_random=1), CentralTraining(0.3, batch_size=50), norm=norm)
+    first = shrinking.advance().losses
+    run(shrinking, 28)
+    last = shrinking.advance().losses
+    for subnet in (SPACE.largest(), SPACE.smallest()):
+        assert last[subnet] < 0.8 * first[subnet]
+
+
+def test_a_diverging_run_stops_with_its_weights_intact():
+    shrinking = build(one_phase(num_random=1))
+    run(shrinking, 1)
+    with torch.no_grad():
+        shrinking.supernet.shared()["classifier.bias"].fill_(float("nan"))
+    before = shrinking.state().digest()
+    with pytest.raises(DivergenceError, match=r"step 2 \(a\): the loss is not finite"):
+        shrinking.advance()
+    assert (shrinking.done, shrinking.state().digest()) == (1, before)
+
+
+def test_what_does_not_belong_together_is_refused():
+    with pytest.raises(SpaceError, match="axis 'kernel'"):
+        build(one_phase(elastic={"kernel": (9,)}))
+    with pytest.raises(DatasetError, match="at least 2 training examples"):
+        CentralShrinking(build_supernet(), one_phase(), TRAINING, IMAGES[:1], LABELS[:1], [0.5], [0.25], seed=0)
+    with pytest.raises(ConfigError, match=r"shrinking\.batch_size: expected at least 2, found 1"):
+        CentralTraining(batch_size=1)
+    state = build(one_phase()).state()
+    with pytest.raises(CheckpointError, match="beyond the schedule's 5"):
+        build(one_phase()).restore(replace(state, version=6))
+    with pytest.raises(CheckpointError, match="momentum for 'x'"):
+        build(one_phase()).restore(replace(state, moments={"momentum": {"x": np.zeros(3)}}))
