@@ -1,4 +1,4 @@
-"""Law 7: whatever runs the clients, the same replies give the same shared weights."""
+"""Ray as a runtime: an existing cluster, clients that fail, errors. Law 7 over all runtimes is in `test_superlink`."""
 
 import os
 import subprocess
@@ -8,45 +8,6 @@ from pathlib import Path
 import pytest
 
 QUICK = ("evaluation.comparison=false", "evaluation.clients=false")
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, cache_dir):
-    """The digest of an in-process run with one worker, by the settings beyond the small federation's."""
-    from conftest import SMALL
-
-    from conf.compose import compose_conf
-    from server.runtimes import run_federation
-
-    known: dict[tuple[str, ...], str] = {}
-
-    def digest(*more: str) -> str:
-        if more not in known:
-            folder = tmp_path_factory.mktemp("in-process")
-            always = (f"data.cache_dir={cache_dir}", f"output_dir={folder}", "runtime.num_workers=1", *QUICK)
-            run_federation(compose_conf([*SMALL, *always, *more]))
-            known[more] = summary_digest(folder)
-        return known[more]
-
-    return digest
-
-
-def summary_digest(folder: Path) -> str:
-    import json
-
-    return json.loads((folder / "summary.json").read_text())["shared_digest"]
-
-
-def test_two_workers(simulate, tmp_path, expected):
-    assert simulate(tmp_path / "run", "runtime.num_workers=2", *QUICK)["shared_digest"] == expected()
-
-
-@pytest.mark.slow
-def test_ray(simulate, tmp_path, expected):
-    pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    summary = simulate(tmp_path / "run", "runtime=ray", *QUICK)
-    assert summary["shared_digest"] == expected()
-    assert summary["num_failures"] == 0
 
 
 @pytest.fixture
@@ -72,10 +33,11 @@ def ray_cluster():
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_that_is_there_already(simulate, tmp_path, expected, ray_cluster):
+def test_a_ray_cluster_that_is_there_already_gives_the_same_digest(simulate, tmp_path, ray_cluster):
     wait_for_port(ray_cluster)
-    summary = simulate(tmp_path / "run", "runtime=ray", f"runtime.address={ray_cluster}", *QUICK)
-    assert summary["shared_digest"] == expected()
+    summary = simulate(tmp_path / "ray", "runtime=ray", f"runtime.address={ray_cluster}", *QUICK)
+    assert summary["num_failures"] == 0
+    assert summary["shared_digest"] == simulate(tmp_path / "in_process", *QUICK)["shared_digest"]
 
 
 def wait_for_port(address: str) -> None:

@@ -106,11 +106,15 @@ def start(overrides, output_dir: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_superlink_gives_the_result_of_the_in_process_runtime_and_speaks_to_nobody_else(
-    overrides, simulate, tmp_path
-):
+def test_law_7_every_runtime_gives_the_same_digest_and_a_superlink_speaks_to_nobody_else(overrides, simulate, tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
     small = ("rounds=2", "fleet.num_clients=3", "fleet.clients_per_round=3", "data.test_examples=4000", *PRESENT)
-    expected = simulate(tmp_path / "in_process", *small, *QUICK)
+    expected = simulate(tmp_path / "in_process", *small, *QUICK, "runtime.num_workers=1")
+    kernels = {tuple(row["choices"]["kernel"]) for row in expected["subnets"] if row["num_clients"]}
+    assert len(kernels) > 1, "unlike subnets, kernels included"
+    two = simulate(tmp_path / "two_workers", *small, *QUICK, "runtime.num_workers=2")
+    ray = simulate(tmp_path / "ray", *small, *QUICK, "runtime=ray")
+    assert two["shared_digest"] == ray["shared_digest"] == expected["shared_digest"]
     output_dir = tmp_path / "superlink"
     process = start(overrides, output_dir, *small)
     listening, remote, seen = set(), set(), set()
