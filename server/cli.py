@@ -47,13 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         actions[command](overrides)
     except FedofaError as error:
-        text = f"[bold red]error:[/bold red] {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-        return 1
+        return _fail(str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        return _fail(f"{error}; what was whole stays whole: mend it, then go on with the same command and resume=true")
     except KeyboardInterrupt:
         print("stopped; go on with the same command, and resume=true unless it is of a sweep", file=sys.stderr)
         return 130
     return 0
+
+
+def _fail(reason: str) -> int:
+    Console(stderr=True).print(f"[bold red]error:[/bold red] {escape(reason)}", highlight=False, soft_wrap=True)
+    return 1
 
 
 def sweep(overrides: Sequence[str]) -> None:

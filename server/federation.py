@@ -150,11 +150,15 @@ def build_optimiser(conf: AggregationConf) -> ServerOptimiser:
 def messages_in_flight(conf: SimulateConf) -> int:
     """How many clients are out at a time; each may leave the server a whole reply before the first one is folded.
 
-    Workers of this machine need no more than their number and a few in store: more would only wait in memory.
+    Workers of this machine need no more than their number and a few in store: more would only wait in memory. On a Ray
+    of one's own deadlines count from sending, so that none may wait for another.
     """
-    if conf.runtime.name != "in_process":
-        return conf.fleet.max_in_flight
-    return min(conf.fleet.max_in_flight, (conf.runtime.num_workers or available_cores()) + _IN_STORE)
+    workers = conf.runtime.num_workers or available_cores()
+    if conf.runtime.name == "in_process":
+        return min(conf.fleet.max_in_flight, workers + _IN_STORE)
+    if conf.runtime.name == "ray" and not conf.runtime.address:
+        return min(conf.fleet.max_in_flight, workers)
+    return conf.fleet.max_in_flight
 
 
 def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:

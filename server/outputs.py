@@ -47,6 +47,8 @@ def exclusive(output_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output_dir: another run is writing to {output_dir}; choose another folder") from None
+        if output_dir.exists() and not output_dir.is_dir():
+            raise ConfigError(f"output_dir: {output_dir} is a file; choose a folder")
         yield
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pkgutil import resolve_name
@@ -23,7 +24,7 @@ from conf.schema import SimulateConf
 from fedofa.types.errors import ConfigError, RuntimeUnavailableError
 from server.environment import KEPT_PAGES, ONE_THREAD, SILENT_FLOWER, adopt
 from server.resources import available_cores
-from server.serving import serve
+from server.serving import error_reply, serve
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -44,8 +45,8 @@ _CONNECT_SECONDS = 5.0
 class ConfiguredClientApp(ClientApp):
     """The real ClientApp with the run's settings, which this engine leaves out of a node's context.
 
-    It is pickled to the actors, so that it holds strings only and imports the app where it runs. A message that takes
-    longer than its TTL ends the actor's process: the engine would wait for it for ever.
+    It is pickled to the actors, so that it holds strings only and imports the app where it runs. A message that is not
+    done within its TTL, which counts from sending, ends the actor's process: the engine would wait for it for ever.
     """
 
     def __init__(self, client_app: str, run_config: UserConfig) -> None:
@@ -61,7 +62,10 @@ class ConfiguredClientApp(ClientApp):
             state=context.state,
             run_config=json.loads(self._run_config),
         )
-        watchdog = threading.Timer(message.metadata.ttl, os._exit, [1])
+        seconds_left = message.metadata.created_at + message.metadata.ttl - time.time()
+        if seconds_left <= 0:
+            return error_reply(message, TimeoutError("its time was over before it began"))
+        watchdog = threading.Timer(seconds_left, os._exit, [1])
         watchdog.daemon = True
         watchdog.start()
         try:

@@ -29,8 +29,6 @@ def main(grid: Grid, context: Context) -> None:
     torch.set_num_threads(1)  # the fold must not depend on how many there are
     output_dir = Path(conf.output_dir).resolve()
     with exclusive(output_dir):
-        if not conf.resume:
-            set_aside(output_dir)
         _main(grid, conf, output_dir)
 
 
@@ -53,13 +51,16 @@ def _run(
     """One strategy from its checkpoint, or from the start, to the last round."""
     strategy = parts.strategy(output_dir, uniform=uniform)
     if parts.conf.resume:
-        _restore(strategy, parts.conf, grid)
+        _restore(strategy, parts.conf)
+    strategy.prepare(grid)
+    if not parts.conf.resume and not uniform:
+        set_aside(output_dir)
     strategy.observers += [progress, *tracking.follow(strategy, output_dir)]
     strategy.start(grid, num_rounds=parts.conf.rounds)
     return strategy
 
 
-def _restore(strategy: FedOFA, conf: SimulateConf, grid: Grid) -> None:
+def _restore(strategy: FedOFA, conf: SimulateConf) -> None:
     if strategy.settings.uniform:  # it can be run again, so a damaged checkpoint of it is not worth a question
         checkpoint = strategy.checkpoints.newest_intact(strategy.run)
     else:
@@ -73,6 +74,6 @@ def _restore(strategy: FedOFA, conf: SimulateConf, grid: Grid) -> None:
             f"{strategy.checkpoints.folder}: the newest checkpoint is of round {checkpoint.round}, beyond rounds="
             f"{conf.rounds}; ask for at least as many rounds, or for an older one with resume_round"
         )
-    strategy.restore(checkpoint, grid)
+    strategy.restore(checkpoint)
     if not strategy.settings.uniform:
         strategy.supernet.set_ordering(checkpoint.state.ordering)

@@ -110,6 +110,8 @@ class FedOFA(Strategy):
     done: int = field(init=False, default=0)
     fleet: str = field(init=False, default="")  # digest of the clients that take part
     scores: dict[str, Score] = field(init=False, default_factory=dict)
+    _restored: Checkpoint | None = field(init=False, default=None)
+    _is_prepared: bool = field(init=False, default=False)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -128,10 +130,8 @@ class FedOFA(Strategy):
         Flower's other arguments have no effect: the state, the recipe and the evaluation are this strategy's own.
         """
         result = Result()
-        if isinstance(grid, KeepsClientStates) and not self.done:
-            grid.import_states({})
-        self.plan = self.planner.plan(*self.enrol(grid), uniform=self.settings.uniform)
-        self._check_fleet()
+        if not self._is_prepared:
+            self.prepare(grid)
         self.summary()
         lost = 0
         for server_round in range(self.done + 1, num_rounds + 1):
@@ -148,6 +148,22 @@ class FedOFA(Strategy):
         if not self.scores:  # a run that was complete when it was resumed
             self.scores = self.scorer.score(self.state, self.subnets())
         return result
+
+    def prepare(self, grid: Grid) -> None:
+        """Enrol the clients and plan for them; until that has succeeded, nothing of an earlier run is touched.
+
+        Raises:
+            ConfigError: nobody joined, or nobody can train anything.
+            CheckpointError: the fleet is not the checkpoint's, or the diary is shorter than then.
+        """
+        self.plan = self.planner.plan(*self.enrol(grid), uniform=self.settings.uniform)
+        self._check_fleet()
+        if self._restored is not None:
+            self.log.cut(self._restored.log_bytes)
+            self.checkpoints.drop_after(self._restored.round)
+        if isinstance(grid, KeepsClientStates):
+            grid.import_states(self._restored.client_states if self._restored is not None else {})
+        self._is_prepared = True
 
     def enrol(self, grid: Grid) -> tuple[list[ClientInfo], dict[str, str]]:
         """The clients that introduce themselves, by id, and of the others why they take no part."""
@@ -199,7 +215,7 @@ class FedOFA(Strategy):
         smallest = None if self.settings.uniform else partial(self.planner.fit_of, self.supernet.space.smallest())
         plan = self.plan.without(failed)
         cohort = draw_cohort(plan, self.settings.clients_per_round, smallest, np.random.default_rng(entropy))
-        quorum = max(1, math.ceil(self.settings.quorum_fraction * len(cohort)))
+        quorum = max(1, math.ceil(round(self.settings.quorum_fraction * len(cohort), 9)))
         self._record.attempts.append(Attempt(cohort, quorum))
         self._cohort = {item.client.node_id: item for item in cohort}
         return self._messages(server_round, cohort)
@@ -350,14 +366,11 @@ class FedOFA(Strategy):
         for observer in self.observers:
             observer.fleet_planned(self.plan)
 
-    def restore(self, checkpoint: Checkpoint, grid: Grid) -> None:
-        """Go on from a checkpoint; what was written after it is dropped."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; what was written after it is dropped once the fleet has proved to be the same."""
         self.state, self.totals, self.done = checkpoint.state, checkpoint.totals, checkpoint.round
         self.fleet = checkpoint.fleet
-        self.checkpoints.drop_after(checkpoint.round)
-        self.log.cut(checkpoint.log_bytes)
-        if isinstance(grid, KeepsClientStates):
-            grid.import_states(checkpoint.client_states)
+        self._restored = checkpoint
 
     def subnets(self) -> dict[str, SubnetConfig]:
         """The subnets that are watched: the largest, the smallest, and each device class's own."""

@@ -24,7 +24,7 @@ def federation(overrides, tmp_path):
         run_config = {"config": encode_conf(conf)}
         with InProcessGrid(client_app, num_nodes=12, run_config=run_config, num_workers=2) as grid:
             if checkpoint is not None:
-                strategy.restore(strategy.checkpoints.load(strategy.run, checkpoint), grid)
+                strategy.restore(strategy.checkpoints.load(strategy.run, checkpoint))
             try:
                 strategy.start(grid, num_rounds=rounds)
             except QuorumError as error:

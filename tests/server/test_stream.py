@@ -6,6 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
+from google.protobuf.message import DecodeError
 
 from fedofa.types.errors import ConfigError
 from server.carrier import assume_identity
@@ -25,7 +26,7 @@ class ScriptedGrid:
         ids = []
         for message in messages:
             if message.metadata.dst_node_id in self.unreachable:
-                ids.append(None)
+                ids.append("" if message.metadata.dst_node_id % 2 else None)  # Flower's grids do either
                 continue
             message_id = f"m{next(self.counter)}"
             message.metadata.__dict__["_message_id"] = message_id
@@ -96,12 +97,46 @@ def test_failures_are_attributed_to_the_node_that_was_asked():
 
 
 def test_a_message_that_cannot_be_sent_is_a_failure_of_its_node():
-    grid = ScriptedGrid(unreachable=[10, 12])
+    grid = ScriptedGrid(unreachable=[10, 11, 13])
     replies = list(stream_replies(grid, questions(4, []), max_in_flight=2, reply_seconds=60))
     assert {reply.metadata.src_node_id for reply in replies} == {10, 11, 12, 13}
     failed = {reply.metadata.src_node_id: reply.error.reason for reply in replies if reply.has_error()}
-    assert set(failed) == {10, 12}
+    assert set(failed) == {10, 11, 13}
     assert all("could not be sent" in reason for reason in failed.values())
+
+
+class GarblingGrid(ScriptedGrid):
+    """Some nodes' answers cannot be decoded, others' are to another message; asked together they would all be lost."""
+
+    def pull_messages(self, message_ids):
+        nodes = {self.open[message_id].metadata.dst_node_id for message_id in message_ids}
+        if 11 in nodes:
+            raise DecodeError("not a protobuf\nmessage")
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            if reply.metadata.src_node_id == 12:
+                reply.metadata.__dict__["_reply_to_message_id"] = "m0"
+        return replies
+
+
+def test_an_answer_that_is_none_costs_only_its_client():
+    replies = {
+        reply.metadata.src_node_id: reply
+        for reply in stream_replies(GarblingGrid(), questions(5, []), max_in_flight=5, reply_seconds=60)
+    }
+    assert set(replies) == {10, 11, 12, 13, 14}
+    assert replies[11].error.reason == "its answer cannot be read: DecodeError: not a protobuf message"
+    assert replies[12].error.reason == "its answer is to another message"
+    assert all(replies[node].has_content() for node in (10, 13, 14))
+
+
+def test_a_link_that_fails_is_no_clients_fault():
+    class DeadGrid(ScriptedGrid):
+        def pull_messages(self, message_ids):
+            raise ConnectionError("the link is down")
+
+    with pytest.raises(ConnectionError, match="the link is down"):
+        list(stream_replies(DeadGrid(), questions(2, []), max_in_flight=2, reply_seconds=60))
 
 
 class GatheringGrid:
