@@ -48,7 +48,7 @@ _TRACEBACK_JOINTS = (
     "During handling of the above exception, another exception occurred:",
     "The above exception was the direct cause of the following exception:",
 )
-_EXIT = "Exit Code: "  # the first line of what Flower says when it ends the ServerApp's process for an error
+_LAST_ERRORS = ("ServerApp raised an exception", "Exit Code: ")  # after which the ServerApp prints nothing more
 _LISTENING = "0A"  # TCP_LISTEN of the kernel's include/net/tcp_states.h
 _DETAILS_PREFIX = "ServerApp failed with exception: "
 
@@ -288,21 +288,20 @@ class _RunLog:
         self.failure: list[str] = []
         self._num_own = 0
         self._in_traceback = False
-        self._exiting = False
+        self._ended = False
 
     def add(self, line: str) -> None:
         """Take the next line, without its end.
 
-        `failure` is then, without colours, the last error with its traceback and all that comes of ending for it.
+        `failure` is then, without colours, the last error with its traceback, or all from an error that ends the app.
         """
         flower = _FLOWER_LINE.match(line)
-        error = flower is not None and flower["level"] == "ERROR"
-        self._exiting = self._exiting or (error and _EXIT in line)
-        if self._exiting:
+        if self._ended:
             self.failure.append(_ANSI.sub("", line))
-        elif error:
+        elif flower and flower["level"] == "ERROR":
             self.failure = [_ANSI.sub("", line)]
             self._in_traceback = False
+            self._ended = any(words in line for words in _LAST_ERRORS)
         elif flower:
             self._in_traceback = False
         elif self.failure and self._continues_failure(line):

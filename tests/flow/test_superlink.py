@@ -278,7 +278,7 @@ class Healthy(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *arguments):
+    def log_message(self, format, *arguments):
         pass
 
 
@@ -312,7 +312,7 @@ def test_progress_after_an_error_is_passed_on_and_the_last_error_kept():
     joint = ["", "During handling of the above exception, another exception occurred:", ""]
     ending = [flower("ERROR", "Exit Code: 201"), "The ServerApp raised.", "", "For more information, visit: <x>"]
     lines = ["round 1", flower("ERROR", "push failed"), *trace, "round 2", flower("INFO", "retry"), "round 3"]
-    lines += [flower("ERROR", "raised"), *trace, *joint, *last, *ending]
+    lines += [flower("ERROR", "ServerApp raised an exception"), *trace, "of 2 lines", *joint, *last, *ending]
     for line in lines[:5]:
         log.add(line)
     assert said == ["round 1"]
@@ -320,7 +320,7 @@ def test_progress_after_an_error_is_passed_on_and_the_last_error_kept():
     for line in lines:
         log.add(line)
     assert said == ["round 1", "round 2", "round 3"]
-    assert log.failure[0] == "ERROR:     raised"
+    assert log.failure[0] == "ERROR:     ServerApp raised an exception"
     assert set(last) < set(log.failure)
     assert log.failure[-1] == ending[-1]
     assert "push failed" not in " ".join(log.failure)
