@@ -6,6 +6,7 @@ a Flower home of its own, which goes with the federation: the user's `~/.flwr` i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from conf.schema import SimulateConf
 from fedofa.types import errors
 from fedofa.types.errors import ConfigError, FedofaError, RuntimeUnavailableError
 from server.environment import ONE_THREAD, SILENT_FLOWER
+from server.resources import descendants
 
 HOST = "127.0.0.1"
 MAX_NODES = 32
@@ -36,10 +38,18 @@ MAX_NODES = 32
 _CONNECTION = "loopback"
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
+_RECONNECT_SECONDS = 3.0
 _TAIL_LINES = 6
 _FLOWER_LINE = re.compile(r"\x1b\[\d+m(?P<level>[A-Z]+) *\x1b\[0m:|Using SuperLink: |Successfully installed ")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR_LINE = re.compile(r"fedofa\.types\.errors\.(\w+): (.*)")
+_TRACEBACK_JOINTS = (
+    "Traceback (most recent call last):",
+    "During handling of the above exception, another exception occurred:",
+    "The above exception was the direct cause of the following exception:",
+)
+_LAST_ERRORS = ("ServerApp raised an exception", "Exit Code: ")  # after which the ServerApp prints nothing more
+_LISTENING = "0A"  # TCP_LISTEN of the kernel's include/net/tcp_states.h
 _DETAILS_PREFIX = "ServerApp failed with exception: "
 
 
@@ -99,7 +109,7 @@ class LoopbackFederation:
         self._processes: dict[str, _KeptProcess] = {}  # the SuperLink comes first
 
     def __enter__(self) -> Self:
-        self.port = _claim_port(self._wanted_port)
+        self.port, *self._node_ports = _claim_ports(self._wanted_port, len(self._node_configs))
         self._folder = tempfile.TemporaryDirectory(prefix="fedofa-superlink-")
         self._home = Path(self._folder.name)
         try:
@@ -138,24 +148,28 @@ class LoopbackFederation:
         command = ["flower-superlink", *serve, str(self.port), "--disable-runtime-dependency-installation"]
         self._processes["superlink"] = self._launch("superlink", command)
         self._await_superlink()
-        for number, config in enumerate(self._node_configs):
+        for number, (config, port) in enumerate(zip(self._node_configs, self._node_ports, strict=True)):
             values = " ".join(f"{key}={value}" for key, value in config.items())
             join = ["--superlink", f"{HOST}:{self.port}", "--node-config", values]
             name = f"supernode {number}"
-            command = ["flower-supernode", *serve, str(_claim_port(0)), *join]
+            command = ["flower-supernode", *serve, str(port), *join]
             self._processes[name] = self._launch(name, command)
 
     def _launch(self, name: str, command: Sequence[str], output: int | IO[bytes] | None = None) -> _KeptProcess:
         return _KeptProcess(command, self._home / f"{name}.log", self._environment, output)
 
     def _await_superlink(self) -> None:
+        """Wait until our own SuperLink answers: its port may have gone to another process before it was bound."""
         deadline = time.monotonic() + _START_SECONDS
-        while not _answers(f"http://{HOST}:{self.port}/health"):
+        while True:
+            ready = _answers(f"http://{HOST}:{self.port}/health") and _listens(self._superlink.pid, self.port)
             status = self._superlink.poll()
             if status is not None:
                 raise RuntimeUnavailableError(
                     f"the SuperLink ended at its start with status {status}: {self._superlink.tail()}"
                 )
+            if ready:
+                return
             if time.monotonic() > deadline:
                 raise RuntimeUnavailableError(f"no SuperLink within {_START_SECONDS:g} s: {self._superlink.tail()}")
             time.sleep(_POLL_SECONDS)
@@ -177,14 +191,27 @@ class LoopbackFederation:
         settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
         submission = ["flwr", "run", str(app_dir), _CONNECTION, "--run-config", str(settings), "--format", "json"]
         run_id = str(self._ask(submission)["run-id"])
-        tail = self._follow(run_id, report)
-        outcome = self._ask(["flwr", "ls", _CONNECTION, "--run-id", run_id, "--format", "json"])["runs"][0]
+        log = _RunLog(report)
+        outcome = self._await_end(run_id, log, report)
         if outcome["status"] != "finished:completed":
-            error = _failure(outcome["status"], str(outcome["status-details"]), tail)
+            error = _failure(outcome["status"], str(outcome["status-details"]), log.failure)
             if isinstance(error, RuntimeUnavailableError):
-                for line in tail:
+                for line in log.failure:
                     report(line)
             raise error
+
+    def _await_end(self, run_id: str, log: _RunLog, report: Callable[[str], None]) -> dict[str, Any]:
+        """Follow a run to its end, through as many connections as that takes; returns its row of `flwr ls`."""
+        gone: set[str] = set()
+        while True:
+            self._follow(run_id, log, gone, report)
+            outcome = self._ask(["flwr", "ls", _CONNECTION, "--run-id", run_id, "--format", "json"])["runs"][0]
+            if outcome["status"].startswith("finished"):
+                return outcome
+            deadline = time.monotonic() + _RECONNECT_SECONDS
+            while time.monotonic() < deadline:
+                self._watch(gone, report)
+                time.sleep(_POLL_SECONDS)
 
     def _ask(self, command: Sequence[str]) -> dict[str, Any]:
         """The answer of one of Flower's commands.
@@ -207,11 +234,10 @@ class LoopbackFederation:
             raise RuntimeUnavailableError(f"`{' '.join(command[:2])}` failed: {reason}")
         return answer
 
-    def _follow(self, run_id: str, report: Callable[[str], None]) -> list[str]:
-        """Pass the ServerApp's lines on while it runs; returns what it printed from its failure on, without colours."""
+    def _follow(self, run_id: str, log: _RunLog, gone: set[str], report: Callable[[str], None]) -> None:
+        """Read the run's log from its beginning to the end of the connection, and watch the processes meanwhile."""
         command = ["flwr", "log", run_id, _CONNECTION, "--stream"]
-        gone: set[str] = set()
-        failed: list[str] = []
+        log.rewind()
         buffer = b""
         with self._launch("log", command, subprocess.PIPE) as process, process.stdout as output:
             os.set_blocking(output.fileno(), False)
@@ -224,13 +250,8 @@ class LoopbackFederation:
                     time.sleep(_POLL_SECONDS)
                     continue
                 *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in (item.decode(errors="replace").rstrip() for item in lines):
-                    ours = _FLOWER_LINE.match(line)
-                    if failed or (ours and ours["level"] == "ERROR"):
-                        failed.append(_ANSI.sub("", line))
-                    elif line and not ours:
-                        report(line)
-        return failed
+                for line in lines:
+                    log.add(line.decode(errors="replace").rstrip())
 
     def _watch(self, gone: set[str], report: Callable[[str], None]) -> None:
         """Say once of every SuperNode that it ended; the others go on.
@@ -249,6 +270,57 @@ class LoopbackFederation:
             if status is not None and name not in gone:
                 gone.add(name)
                 report(f"{name} ended with status {status}: {process.tail(1)}")
+
+
+class _RunLog:
+    """Sorts a ServerApp's lines: its own go to a report, an error of Flower's with its traceback is kept.
+
+    Each connection gives the log from its beginning: after `rewind`, lines that were reported are not reported again.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self._num_reported = 0
+        self.rewind()
+
+    def rewind(self) -> None:
+        """The next line is the first of the log."""
+        self.failure: list[str] = []
+        self._num_own = 0
+        self._in_traceback = False
+        self._ended = False
+
+    def add(self, line: str) -> None:
+        """Take the next line, without its end.
+
+        `failure` is then, without colours, the last error with its traceback, or all from an error that ends the app.
+        """
+        flower = _FLOWER_LINE.match(line)
+        if self._ended:
+            self.failure.append(_ANSI.sub("", line))
+        elif flower and flower["level"] == "ERROR":
+            self.failure = [_ANSI.sub("", line)]
+            self._in_traceback = False
+            self._ended = any(words in line for words in _LAST_ERRORS)
+        elif flower:
+            self._in_traceback = False
+        elif self.failure and self._continues_failure(line):
+            self.failure.append(_ANSI.sub("", line))
+        elif line:
+            self._num_own += 1
+            if self._num_own > self._num_reported:
+                self._num_reported = self._num_own
+                self._report(line)
+
+    def _continues_failure(self, line: str) -> bool:
+        """Whether a line is part of a traceback, which ends with its first line that is not indented."""
+        if line in _TRACEBACK_JOINTS:
+            self._in_traceback = line == _TRACEBACK_JOINTS[0]
+            return True
+        inside = self._in_traceback
+        if line and not line[0].isspace():
+            self._in_traceback = False
+        return inside
 
 
 class _KeptProcess:
@@ -332,21 +404,47 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def _claim_port(wanted: int) -> int:
-    """A port of 127.0.0.1 that nobody listens on: the wanted one, or any for 0.
+def _claim_ports(wanted: int, num_others: int) -> list[int]:
+    """Distinct ports of 127.0.0.1 that nobody listens on: the wanted one, or any for 0, then as many others.
 
     Raises:
-        ConfigError: when the wanted one is taken or no port.
+        ConfigError: when the wanted one is taken or no port, or too few are free.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, wanted))
-        except (OSError, OverflowError) as error:
-            raise ConfigError(
-                f"runtime.port: {HOST}:{wanted} cannot be used: {error}; choose another port, or 0 for any free one"
-            ) from error
-        return probe.getsockname()[1]
+    with contextlib.ExitStack() as probes:
+        ports = []
+        for port in (wanted, *[0] * num_others):
+            probe = probes.enter_context(socket.socket())
+            if port:  # also one whose last connections are still in TIME_WAIT
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except (OSError, OverflowError) as error:
+                raise ConfigError(
+                    f"runtime.port: {HOST}:{port} cannot be used: {error}; choose another port, or 0 for any free one"
+                ) from error
+            ports.append(probe.getsockname()[1])
+        return ports
+
+
+def _listens(root: int, port: int) -> bool:
+    """Whether a process or a descendant of it listens on a port of 127.0.0.1; true where /proc/net cannot tell."""
+    try:
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    except OSError:
+        return True
+    address = f"{int.from_bytes(socket.inet_aton(HOST), sys.byteorder):08X}:{port:04X}"
+    wanted = {f"socket:[{row[9]}]" for row in rows if row[1] == address and row[3] == _LISTENING}
+    return any(not wanted.isdisjoint(_open_files(pid)) for pid in descendants(root))
+
+
+def _open_files(pid: int) -> set[str]:
+    """What the file descriptors of a process refer to, such as "socket:[INODE]"; empty when it has ended."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for item in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(item))
+    return found
 
 
 def _answers(url: str) -> bool:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -269,13 +270,92 @@ def test_a_taken_port_is_one_clear_line(overrides, tmp_path, capsys):
     assert f"runtime.port: {HOST}:{port} cannot be used: [Errno 98] Address already in use; choose another" in message
 
 
-def test_a_superlink_that_ends_at_its_start_says_why(monkeypatch):
-    with socket.create_server((HOST, 0)) as taken:
-        monkeypatch.setattr(superlink_module, "_claim_port", lambda wanted: taken.getsockname()[1])
+class Healthy(BaseHTTPRequestHandler):
+    """Answers as a SuperLink that is somebody else's."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, format, *arguments):
+        pass
+
+
+def test_a_superlink_whose_port_went_to_another_one_says_so(monkeypatch):
+    with ThreadingHTTPServer((HOST, 0), Healthy) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        monkeypatch.setattr(superlink_module, "_claim_ports", lambda wanted, num_others: [other.server_port])
         with pytest.raises(
             RuntimeUnavailableError, match=r"ended at its start with status 1: .*address already in use"
         ):
             LoopbackFederation([]).__enter__()
+        other.shutdown()
+
+
+def test_the_ports_of_a_federation_are_distinct():
+    ports = superlink_module._claim_ports(0, 500)  # claimed in turn, two of so many would be the same
+    assert len(set(ports)) == 501
+    wanted = ports[0]
+    assert superlink_module._claim_ports(wanted, 2)[0] == wanted
+
+
+def flower(level: str, text: str) -> str:
+    return f"\x1b[91m{level}\x1b[0m:     {text}"
+
+
+def test_progress_after_an_error_is_passed_on_and_the_last_error_kept():
+    said = []
+    log = superlink_module._RunLog(said.append)
+    trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in f', "OSError: no route"]
+    last = ["Traceback (most recent call last):", "  f()", "fedofa.types.errors.ConfigError: rouns: unknown"]
+    joint = ["", "During handling of the above exception, another exception occurred:", ""]
+    ending = [flower("ERROR", "Exit Code: 201"), "The ServerApp raised.", "", "For more information, visit: <x>"]
+    lines = ["round 1", flower("ERROR", "push failed"), *trace, "round 2", flower("INFO", "retry"), "round 3"]
+    lines += [flower("ERROR", "ServerApp raised an exception"), *trace, "of 2 lines", *joint, *last, *ending]
+    for line in lines[:5]:
+        log.add(line)
+    assert said == ["round 1"]
+    log.rewind()  # the connection broke
+    for line in lines:
+        log.add(line)
+    assert said == ["round 1", "round 2", "round 3"]
+    assert log.failure[0] == "ERROR:     ServerApp raised an exception"
+    assert set(last) < set(log.failure)
+    assert log.failure[-1] == ending[-1]
+    assert "push failed" not in " ".join(log.failure)
+
+
+FLWR = """#!{python}
+import json, pathlib, sys
+count = pathlib.Path(__file__).with_name(sys.argv[1])
+calls = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(calls))
+if sys.argv[1] == "run":
+    print(json.dumps({{"success": True, "run-id": 7}}))
+elif sys.argv[1] == "log":
+    print(*["round 1", "round 2", "round 3"][: 2 * calls - 1], sep="\\n")
+    sys.exit("connection reset" if calls == 1 else 0)
+else:
+    status = "running" if calls == 1 else "finished:completed"
+    print(json.dumps({{"success": True, "runs": [{{"status": status, "status-details": ""}}]}}))
+"""
+
+
+def test_a_run_outlives_the_connection_that_reads_its_log(tmp_path, monkeypatch):
+    for name, text in (("flwr", FLWR), ("flower-superlink", "#!{python}\nimport time\ntime.sleep(600)\n")):
+        (tmp_path / name).write_text(text.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    environment = superlink_module._environment
+    monkeypatch.setattr(superlink_module, "_environment", lambda home: {**environment(home), "PATH": str(tmp_path)})
+    monkeypatch.setattr(superlink_module, "_answers", lambda url: True)
+    monkeypatch.setattr(superlink_module, "_listens", lambda root, port: True)
+    monkeypatch.setattr(superlink_module, "_RECONNECT_SECONDS", 0.3)
+    said = []
+    with LoopbackFederation([]) as federation:
+        federation.run(tmp_path, {}, said.append)
+    assert said == ["round 1", "round 2", "round 3"]
+    assert {name: (tmp_path / name).read_text() for name in ("run", "log", "ls")} == {"run": "1", "log": "2", "ls": "2"}
 
 
 def test_more_supernodes_than_a_machine_can_hold_are_refused(overrides, tmp_path, capsys):
