@@ -68,15 +68,12 @@ def _run(composed: DictConfig, folder: Path, *, sweeper: int) -> Outcome:
             outcome = Outcome(folder.name, "skipped")
         else:
             with _own_console(folder) if together > 1 else contextlib.nullcontext():
-                _announce(f"{folder.name}:")
+                announce(f"{folder.name}:")
                 run_federation(conf)
             outcome = Outcome(folder.name, "done")
-    except FedofaError as error:
-        outcome = Outcome(folder.name, "failed", str(error))
     except Exception as error:  # a fault of this run must not end the others
-        traceback.print_exc()
-        outcome = Outcome(folder.name, "failed", repr(error))
-    _announce(": ".join(text for text in asdict(outcome).values() if text))
+        outcome = Outcome(folder.name, "failed", reason_of(error))
+    announce(": ".join(text for text in asdict(outcome).values() if text))
     return outcome
 
 
@@ -103,7 +100,16 @@ def is_done(conf: SimulateConf) -> bool:
     return same and num_rounds == conf.rounds and kept.evaluation == conf.evaluation
 
 
-def _announce(text: str) -> None:
+def reason_of(error: Exception) -> str:
+    """Why a run failed; what fedofa did not raise on purpose is also printed with its traceback."""
+    if isinstance(error, FedofaError):
+        return str(error)
+    traceback.print_exception(error)
+    return repr(error)
+
+
+def announce(text: str) -> None:
+    """A line on the console about a run among others."""
     Console(stderr=True).print(text, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 

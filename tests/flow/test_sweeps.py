@@ -144,6 +144,8 @@ def test_a_killed_study_goes_on_and_tries_what_it_would_have_tried(settings, tmp
         (["sweep", "rounds=3"], "sweep: nothing to search"),
         (["sweep", "seed=0,1", "study.trails=3"], "study.trails"),
         (["sweep", "seed=0,1", "study.objectives=[accurracy.largest]"], "unknown figure 'accurracy.largest'; known:"),
+        (["sweep", "seed=range(1,1)"], "seed: expected range(start,stop,step)"),
+        (["sweep", "seed=0,1", "study.name=../x"], "study.name: expected the name of a folder"),
         (["sweep", "seed=0,1", "rouns=3"], "rouns: unknown setting; did you mean 'rounds'?"),
         (["compare"], "compare: expected at least one folder"),
         (["compare", "/nonexistent"], "/nonexistent is no folder"),
