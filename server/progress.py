@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,9 @@ from rich.table import Table
 from fedofa.search.fit import Fit
 from server.fleet import FleetPlan
 from server.rounds import RoundRecord
+
+_MOST_NAMED = 3
+"""Clients that sit out whose reasons are printed."""
 
 
 def wide_console(*, stderr: bool = False) -> Console:
@@ -36,6 +40,14 @@ def new_bars(console: Console) -> Bars:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def sitting_out_lines(sitting_out: Mapping[str, str]) -> list[str]:
+    """Who takes no part and why, the first few by name; `summary.json` lists all of them."""
+    named = list(sitting_out.items())[:_MOST_NAMED]
+    lines = [f"{client} sits out: {reason}" for client, reason in named]
+    more = len(sitting_out) - len(named)
+    return [*lines, f"{more} more sit out; summary.json says why"] if more else lines
 
 
 class Progress:
@@ -70,8 +82,8 @@ class Progress:
         for name, (fit, clients) in plan.classes().items():
             table.add_row(name, str(clients), *_cells(fit))
         self._console.print(table)
-        for client, reason in plan.sitting_out.items():
-            self._console.print(f"[yellow]{escape(client)} sits out:[/yellow] {escape(reason)}", highlight=False)
+        for line in sitting_out_lines(plan.sitting_out):
+            self._console.print(f"[yellow]{escape(line)}[/yellow]", highlight=False)
 
     def round_finished(self, record: RoundRecord) -> None:
         """Move the bar."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from server.progress import wide_console
+from server.progress import sitting_out_lines, wide_console
 
 
 def print_results(output_dir: Path) -> None:
@@ -27,8 +27,8 @@ def print_results(output_dir: Path) -> None:
             row.get("binding") or "",
         )
     console.print(table)
-    for client, reason in summary["sitting_out"].items():
-        console.print(f"{client} sat out: {reason}", highlight=False, markup=False)
+    for line in sitting_out_lines(summary["sitting_out"]):
+        console.print(line, highlight=False, markup=False)
     if summary["lost_rounds"]:
         console.print(f"rounds given up for want of answers: {summary['lost_rounds']}", highlight=False)
     if summary["untrainable"]:
