@@ -39,6 +39,7 @@ _CONNECTION = "loopback"
 _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _RECONNECT_SECONDS = 3.0
+_ENDING_SECONDS = 2.0  # between the end of the SuperLink's last connection and its exit status
 _TAIL_LINES = 6
 _FLOWER_LINE = re.compile(r"\x1b\[\d+m(?P<level>[A-Z]+) *\x1b\[0m:|Using SuperLink: |Successfully installed ")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -228,11 +229,17 @@ class LoopbackFederation:
         if not answer.get("success"):
             said = str(answer.get("error-message")).splitlines()
             reason = " ".join(_ANSI.sub("", line).strip() for line in said if line and not _FLOWER_LINE.match(line))
-            ended = self._superlink.poll()
-            if ended is not None:
-                reason = f"the SuperLink ended with status {ended}: {self._superlink.tail()}"
+            self._check_superlink(self._superlink.poll(_ENDING_SECONDS))
             raise RuntimeUnavailableError(f"`{' '.join(command[:2])}` failed: {reason}")
         return answer
+
+    def _check_superlink(self, status: int | None) -> None:
+        """Raise `RuntimeUnavailableError` when the SuperLink, without which nothing goes on, has an exit status."""
+        if status is not None:
+            raise RuntimeUnavailableError(
+                f"the SuperLink ended in the middle of the run with status {status}: {self._superlink.tail()}; "
+                "go on with the same command and resume=true"
+            )
 
     def _follow(self, run_id: str, log: _RunLog, gone: set[str], report: Callable[[str], None]) -> None:
         """Read the run's log from its beginning to the end of the connection, and watch the processes meanwhile."""
@@ -257,14 +264,9 @@ class LoopbackFederation:
         """Say once of every SuperNode that it ended; the others go on.
 
         Raises:
-            RuntimeUnavailableError: when the SuperLink ended, without which nothing goes on.
+            RuntimeUnavailableError: when the SuperLink ended.
         """
-        status = self._superlink.poll()
-        if status is not None:
-            raise RuntimeUnavailableError(
-                f"the SuperLink ended in the middle of the run with status {status}: {self._superlink.tail()}; "
-                "go on with the same command and resume=true"
-            )
+        self._check_superlink(self._superlink.poll())
         for name, process in self._processes.items():
             status = process.poll()
             if status is not None and name not in gone:
@@ -370,9 +372,11 @@ class _KeptProcess:
             raise RuntimeUnavailableError("the output of this process goes to its log")
         return self._process.stdout
 
-    def poll(self) -> int | None:
-        """The exit status, or None while it runs."""
-        return self._process.poll()
+    def poll(self, seconds: float = 0.0) -> int | None:
+        """The exit status, or None if it still runs when the seconds have passed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds)
+        return None
 
     def tail(self, num_lines: int = _TAIL_LINES) -> str:
         """The last lines of its log as one line."""
