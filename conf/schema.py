@@ -337,6 +337,8 @@ class ShrinkingConf:
     label_smoothing: float = MISSING
     max_gradient_norm: float = MISSING
     max_shift: int = MISSING  # random shifts of the images, in pixels
+    frozen: list[str] = MISSING  # parts that do not train, e.g. [stem, stages.0]
+    precision: str = MISSING  # of convolutions and matrix products: "float32" | "bfloat16"
 
 
 @dataclass

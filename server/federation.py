@@ -106,7 +106,7 @@ def build_parts(conf: SimulateConf) -> Parts:
     optimiser = build_optimiser(conf.aggregation)
     data = federation(conf)
     images = data.image_set
-    supernet = _build_supernet(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
+    supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     if conf.supernet_weights:
         start_from_folder(supernet, Path(conf.supernet_weights))
     plans = _plans(conf.finetune)
@@ -195,7 +195,7 @@ def describe_supernet(settings: Mapping[str, Any], images: ImageSet) -> dict[str
     return {**settings, "in_channels": channels}
 
 
-def _build_supernet(description: dict[str, Any], generator: torch.Generator) -> Supernet:
+def build_first(description: dict[str, Any], generator: torch.Generator) -> Supernet:
     """The supernet with its first weights: pretrained where the description says so, else drawn."""
     pretrained = description.pop("pretrained", None)
     if not pretrained:

@@ -20,12 +20,11 @@ from fedofa.report.shrinking import plot_shrinking
 from fedofa.shrinking.central import CentralShrinking, CentralTraining, ShrinkStep
 from fedofa.shrinking.schedule import ShrinkSchedule, TeacherLoss
 from fedofa.supernet.base import Supernet
-from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
 from server.checkpoint import Checkpoint, CheckpointStore, Totals, replace_file
-from server.federation import describe_supernet, flat_settings
+from server.federation import build_first, describe_supernet, flat_settings
 from server.outputs import exclusive, set_aside, subnet_row, versions
 from server.progress import StepProgress
 from server.resources import Stopwatch
@@ -79,7 +78,7 @@ def run_shrinking(conf: ShrinkConf) -> None:
     """
     torch.set_num_threads(conf.num_threads)
     output_dir = Path(conf.output_dir).resolve()
-    run = _build_run(conf, output_dir)
+    run = build_run(conf, output_dir)
     with exclusive(output_dir):
         if not conf.resume:
             set_aside(output_dir)
@@ -118,16 +117,19 @@ def build_schedule(conf: ShrinkingConf, space: SearchSpace) -> ShrinkSchedule:
             return ShrinkSchedule.from_json({"phases": conf.phases})
 
 
-def _build_run(conf: ShrinkConf, output_dir: Path) -> Run:
+def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
+    """The parts of a run, with the weights that it starts from; writes nothing."""
     _check(conf)
-    training = CentralTraining(**{item.name: getattr(conf.shrinking, item.name) for item in fields(CentralTraining)})
+    recipe = {item.name: getattr(conf.shrinking, item.name) for item in fields(CentralTraining)}
+    training = CentralTraining(**{**recipe, "frozen": tuple(conf.shrinking.frozen)})
     data = _load_data(conf)
     images, train = data.image_set, data.client(0).train
-    supernet = build_supernet(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
+    supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     schedule = build_schedule(conf.shrinking, supernet.space)
     if conf.supernet_weights:
         start_from(supernet, Path(conf.supernet_weights))
-    normalisation = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    normalisation = supernet.normalisation or own
     shrinking = CentralShrinking(
         supernet, schedule, training, train.images, train.labels, **normalisation, seed=conf.seed
     )

@@ -16,6 +16,7 @@ _SERIES = (
     ("accuracy", "trained", 0, "o", "-"),
     ("accuracy_uncalibrated", "trained, statistics not calibrated", 1, "x", ":"),
     ("accuracy_before", "before", 3, "s", "--"),
+    ("accuracy_alone", "the same size trained alone, with the supernet's whole compute", 2, "D", "none"),
 )
 """Key in the summary, name, colour, marker and line of each series."""
 
@@ -24,8 +25,8 @@ def plot_shrinking(summary: Mapping[str, Any], path: Path) -> None:
     """Draw accuracy against MACs.
 
     `summary` is that of `fedofa shrink`: `steps`, `schedule`, `seed` and `subnets` (each with `name`, `macs`,
-    `accuracy`, `accuracy_before` and `accuracy_uncalibrated`, the last possibly None). `path` is replaced as a whole,
-    or not at all.
+    `accuracy` and, where they are known, `accuracy_before`, `accuracy_uncalibrated` and `accuracy_alone`). `path` is
+    replaced as a whole, or not at all.
 
     Raises:
         ConfigError: when there is no subnet.
@@ -40,7 +41,7 @@ def plot_shrinking(summary: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_axes((style.LEFT, 0.12, style.RIGHT - style.LEFT, 0.69))
     style.style_axes(axes, "Accuracy on the global test set (%)")
     style.scale_macs(axes, [row["macs"] / 1e6 for row in rows])
-    values = [100 * row[key] for key, *_ in _SERIES for row in rows if row[key] is not None]
+    values = [100 * row[key] for key, *_ in _SERIES for row in rows if row.get(key) is not None]
     style.scale_percent(axes, values, padding=0.1, least_padding=1.5)
     for key, name, colour, marker, line in _SERIES:
         _draw(axes, rows, key, name, style.PALETTE[colour], marker, line)
@@ -49,7 +50,7 @@ def plot_shrinking(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def _draw(axes: Axes, rows: list[Mapping[str, Any]], key: str, name: str, colour: str, marker: str, line: str) -> None:
-    points = [(row["macs"] / 1e6, 100 * row[key]) for row in rows if row[key] is not None]
+    points = [(row["macs"] / 1e6, 100 * row[key]) for row in rows if row.get(key) is not None]
     if points:
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=colour, marker=marker, markersize=6, linestyle=line, linewidth=1, label=name)

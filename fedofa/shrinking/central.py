@@ -30,6 +30,8 @@ from fedofa.types.state import SharedState
 _SUBNETS, _ORDER, _IMAGES = 1, 2, 3
 """Tell the random numbers of subnets, of the examples' order and of augmentation and dropout apart."""
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True, slots=True)
 class CentralTraining:
@@ -44,6 +46,10 @@ class CentralTraining:
         label_smoothing: share of the target spread over all classes.
         max_gradient_norm: the summed gradients are scaled down to this L2 norm; 0 leaves them as they are.
         max_shift: each image is moved by up to so many pixels along both sides.
+        frozen: names of parts ("stem", "stages.0") whose parameters stay as they are; their norms still use the
+            batch's statistics, as every other does, so that calibration afterwards suits them too.
+        precision: of the convolutions and matrix products, "float32" or "bfloat16" (autocast: weights, gradients,
+            statistics and losses stay float32). The latter pays on processors that multiply bfloat16 themselves.
     """
 
     learning_rate: float = 0.1
@@ -53,6 +59,8 @@ class CentralTraining:
     label_smoothing: float = 0.1
     max_gradient_norm: float = 1.0
     max_shift: int = 0
+    frozen: tuple[str, ...] = ()
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         self._expect("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
@@ -62,6 +70,7 @@ class CentralTraining:
         self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
         self._expect("max_gradient_norm", 0 <= self.max_gradient_norm < math.inf, "a number of at least 0")
         self._expect("max_shift", self.max_shift >= 0, "at least 0")
+        self._expect("precision", self.precision in PRECISIONS, f"one of {list(PRECISIONS)}")
 
     def _expect(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -82,7 +91,7 @@ class CentralShrinking:
     """Trains a supernet's shared weights, kernel matrices included, by a schedule; one `advance` is one step.
 
     Args:
-        supernet: holds the weights, which change in place.
+        supernet: holds the weights, which change in place; frozen parameters no longer ask for gradients.
         schedule: which subnets learn when from whom.
         training: the recipe.
         images: `(num_examples, channels, height, width)`, uint8.
@@ -92,6 +101,7 @@ class CentralShrinking:
 
     Raises:
         SpaceError, InfeasibilityError: when a phase leaves the space, before anything trains.
+        ConfigError: when `training.frozen` names a part that is not there, or leaves nothing to train.
     """
 
     def __init__(
@@ -116,7 +126,7 @@ class CentralShrinking:
         self._images, self._labels = images, np.asarray(labels, np.int64)
         self._mean, self._std = tuple(mean), tuple(std)
         self._samplers = [PhaseSampler(supernet.space, phase, self._macs) for phase in schedule.phases]
-        self._parameters = dict(supernet.network.named_parameters())
+        self._parameters = _freeze(dict(supernet.network.named_parameters()), training.frozen)
         self._optimiser = _build_optimiser(self._parameters, training)
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_module: nn.Module | None = None
@@ -161,7 +171,7 @@ class CentralShrinking:
         distance = build_distance(phase.loss)
         losses = {}
         for subnet in sampler.draw(rng, score_of):
-            logits = self.supernet(inputs_of(subnet), subnet)
+            logits = self._logits(inputs_of(subnet), subnet)
             if teacher is None:
                 loss = label_loss(logits)
             else:
@@ -172,6 +182,14 @@ class CentralShrinking:
             if phase.teacher == "in_place" and teacher is None:
                 teacher = logits.detach()
         return losses
+
+    def _logits(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
+        """A subnet's, float32, differentiable with respect to the shared weights."""
+        with self._autocast():
+            return self.supernet(x, subnet).float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.training.precision == "bfloat16")
 
     def _batch(self) -> np.ndarray:
         """Indices of the step's examples: every epoch in an order of its own, what does not fill a batch left out."""
@@ -194,7 +212,7 @@ class CentralShrinking:
 
         @torch.no_grad()
         def score(subnet: SubnetConfig) -> float:
-            return -float(functional.cross_entropy(self.supernet(inputs_of(subnet), subnet), labels))
+            return -float(functional.cross_entropy(self._logits(inputs_of(subnet), subnet), labels))
 
         return score
 
@@ -207,7 +225,8 @@ class CentralShrinking:
             for module in self._teacher_module.modules():
                 if isinstance(module, _BatchNorm):
                     module.train()
-        return self._teacher_module(inputs_of(largest))
+        with self._autocast():
+            return self._teacher_module(inputs_of(largest)).float()
 
     def _macs(self, subnet: SubnetConfig) -> int:
         return sum(block.macs for block in self.supernet.block_costs(subnet))
@@ -253,6 +272,27 @@ class CentralShrinking:
         self._teacher = {name: torch.from_numpy(value.copy()) for name, value in teacher.items()} or None
         self._teacher_module = None
         self.done = state.version
+
+
+def _freeze(parameters: Mapping[str, nn.Parameter], frozen: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters outside the frozen parts; those inside no longer ask for gradients."""
+    for part in frozen:
+        if not any(_lies_in(name, part) for name in parameters):
+            known = list(dict.fromkeys(name.split(".")[0] for name in parameters))
+            raise ConfigError(f"shrinking.frozen: no parameter lies in {part!r}; the supernet's parts are {known}")
+    left = {}
+    for name, parameter in parameters.items():
+        if any(_lies_in(name, part) for part in frozen):
+            parameter.requires_grad_(False)
+        else:
+            left[name] = parameter
+    if not left:
+        raise ConfigError(f"shrinking.frozen: {list(frozen)} leaves no parameter to train; name fewer parts")
+    return left
+
+
+def _lies_in(name: str, part: str) -> bool:
+    return f"{name}.".startswith(f"{part}.")
 
 
 def _build_optimiser(parameters: Mapping[str, nn.Parameter], training: CentralTraining) -> torch.optim.SGD:

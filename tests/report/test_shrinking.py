@@ -33,6 +33,18 @@ def test_every_series_is_drawn_in_order_of_macs(tmp_path, monkeypatch, calibrate
     assert not [path for path in tmp_path.iterdir() if path.name != "picture.png"]
 
 
+def test_sizes_trained_alone_are_points_without_a_line(tmp_path, monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(style, "save_png", lambda figure, path: figures.append(figure))
+    rows = [{"name": "largest", "macs": 4e6, "accuracy": 0.97, "accuracy_alone": 0.98}]
+    rows += [{"name": "smallest", "macs": 4e5, "accuracy": 0.91, "accuracy_alone": None}]
+    plot_shrinking({"steps": 10, "schedule": "sandwich", "seed": 0, "subnets": rows}, tmp_path / "picture.png")
+    trained, alone = figures[0].axes[0].lines
+    assert trained.get_xdata().tolist() == [0.4, 4.0]
+    assert (alone.get_xdata().tolist(), alone.get_ydata().tolist()) == ([4.0], [98.0])
+    assert alone.get_linestyle() == "None"
+
+
 def test_a_summary_without_subnets_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected at least one entry"):
         plot_shrinking({**summary(calibrated=True), "subnets": []}, tmp_path / "picture.png")

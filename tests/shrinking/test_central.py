@@ -191,3 +191,65 @@ def test_what_does_not_belong_together_is_refused():
         build(one_phase()).restore(replace(state, version=6))
     with pytest.raises(CheckpointError, match="momentum for 'x'"):
         build(one_phase()).restore(replace(state, moments={"momentum": {"x": np.zeros(3)}}))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_frozen_parts_stay_and_the_others_train_as_without_them(norm):
+    recipe = replace(TRAINING, frozen=("stem", "stages.1"), max_gradient_norm=0.0)
+    schedule = one_phase(sandwich=True, teacher="in_place")
+    shrinking = build(schedule, recipe, norm=norm)
+    before = {name: tensor.copy() for name, tensor in shrinking.state().tensors.items()}
+    run(shrinking, 1)
+    after = shrinking.state().tensors
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed
+    assert not [name for name in changed if name.startswith(("stem.", "stages.1."))]
+    free = build(schedule, replace(recipe, frozen=()), norm=norm)
+    run(free, 1)
+    for name in changed:
+        np.testing.assert_allclose(after[name], free.state().tensors[name], atol=1e-6, err_msg=name)
+
+
+def test_a_stopped_run_with_frozen_parts_goes_on():
+    recipe = replace(TRAINING, frozen=("stages.0",))
+    whole = run(build(SCHEDULES["sandwich"], recipe))
+    first = build(SCHEDULES["sandwich"], recipe)
+    run(first, 3)
+    second = build(SCHEDULES["sandwich"], recipe)
+    second.restore(first.state())
+    assert run(second) == whole
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [(("stage",), "no parameter lies in 'stage'; the supernet's parts are"), (("stages.9",), "'stages.9'")],
+)
+def test_frozen_parts_that_are_not_there_are_refused(frozen, message):
+    with pytest.raises(ConfigError, match=message):
+        build(SCHEDULES["sandwich"], replace(TRAINING, frozen=frozen))
+
+
+def test_something_must_train():
+    parts = tuple({name.split(".")[0] for name, _ in build_supernet().network.named_parameters()})
+    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+        build(SCHEDULES["sandwich"], replace(TRAINING, frozen=parts))
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_weights():
+    start = {name: tensor.copy() for name, tensor in build(SCHEDULES["sandwich"]).state().tensors.items()}
+    steps = {}
+    for precision in ("float32", "bfloat16"):
+        shrinking = build(SCHEDULES["sandwich"], replace(TRAINING, precision=precision, max_gradient_norm=0.0))
+        run(shrinking, 1)
+        after = shrinking.state().tensors
+        assert {tensor.dtype for tensor in after.values()} == {np.dtype(np.float32)}
+        steps[precision] = np.concatenate([(after[name] - start[name]).ravel() for name in start])
+    cosine = steps["float32"] @ steps["bfloat16"] / np.linalg.norm(steps["float32"]) / np.linalg.norm(steps["bfloat16"])
+    assert 0.98 < cosine < 0.999999
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"shrinking.precision: expected one of \['float32', 'bfloat16'\], found 'half'"
+    ):
+        CentralTraining(precision="half")

@@ -1,0 +1,198 @@
+"""One supernet beside sizes trained alone, on CIFAR-10: `python benchmarks/cifar_supernet.py`.
+
+The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen), then a single
+stage of shrinking. Three sizes are cut from the same start and trained alone, each for as many multiply-accumulates as
+the supernet's whole training took. The table gives the accuracy of ten subnets on the 10,000 test images: before
+shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder and goes on where it was stopped; `train
+NAME` runs one part, so that parts can run side by side. The last line is machine-readable.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.compose import compose_shrink_conf
+from fedofa.report.shrinking import plot_shrinking
+from fedofa.supernet.base import Supernet
+from fedofa.types.space import SearchSpace, SubnetConfig
+from server.checkpoint import replace_file
+from server.outputs import versions
+from server.shrink import Run, build_run, run_shrinking
+
+_LARGEST: dict[str, float] = {}
+_HALF = {"depth": 3, "expand": 0.5}
+_SMALLEST = {"depth": 1, "kernel": 3, "expand": 0.5}
+ALONE = {"alone_largest": _LARGEST, "alone_half": _HALF, "alone_smallest": _SMALLEST}
+"""Sizes that are trained alone; an axis left out stays at its largest value."""
+_BETWEEN = ({"depth": 1, "expand": 0.75}, {"expand": 0.75})
+_NUM_RANDOM = 5
+_SUBNET_SEED = 11
+PARTS = ("head", "supernet", *ALONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is trained where."""
+
+    folder: Path
+    steps: int
+    head_steps: int
+    precision: str
+    seed: int
+    threads: int
+    data_path: Path
+
+    def common(self, part: str) -> list[str]:
+        """Overrides that all parts share."""
+        return [
+            "supernet=efficientnet_lite0", "supernet.resolutions=[96]", "data=cifar10", f"data.path={self.data_path}",
+            "data.test_examples=1000", "num_watched=0", "calibration_examples=500",
+            f"num_threads={self.threads}", f"seed={self.seed}",
+            f"output_dir={self.folder / part}", f"resume={str((self.folder / part / 'checkpoints').exists()).lower()}",
+            "shrinking.learning_rate=0.1", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
+            f"shrinking.precision={self.precision}",
+        ]  # fmt: skip
+
+    def settings(self, part: str) -> list[str]:
+        """The overrides of the part's `fedofa shrink`."""
+        common = self.common(part)
+        if part == "head":
+            rate = ["shrinking.learning_rate=0.005", "shrinking.max_gradient_norm=0"]
+            return [*common, *_alone(_LARGEST, self.head_steps), "shrinking.frozen=[stem,stages,mix]", *rate]
+        common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
+        if part == "supernet":
+            return [*common, f"shrinking.steps={self.steps}"]
+        return [*common, *_alone(ALONE[part], self.steps_alone(part))]
+
+    def steps_alone(self, part: str) -> int:
+        """Steps in which a size alone takes as many multiply-accumulates as the supernet in its whole training."""
+        supernet = self.started("head").supernet
+        space = supernet.space
+        rng = np.random.default_rng(0)
+        drawn = np.mean([macs(supernet, space.sample(rng)) for _ in range(2000)])
+        a_step = macs(supernet, space.largest()) + macs(supernet, space.smallest()) + 2 * drawn
+        return round(self.steps * a_step / macs(supernet, space.subnet(**ALONE[part])))
+
+    def started(self, part: str) -> Run:
+        """A run that would start from a part's weights; scores on all test images."""
+        more = [f"supernet_weights={self.folder / part}", "data.test_examples=10000", "calibration_examples=2000"]
+        return build_run(compose_shrink_conf([*self.common(part), *more]), self.folder)
+
+    def train(self, part: str) -> None:
+        """Train a part and what it starts from, unless that is done."""
+        if part != "head":
+            self.train("head")
+        if not (self.folder / part / "summary.json").exists():
+            run_shrinking(compose_shrink_conf(self.settings(part)))
+
+
+def _alone(sizes: Mapping[str, float], steps: int) -> list[str]:
+    """A schedule of one phase in which one subnet learns from the labels."""
+    values = ",".join(f"{axis}:[{value}]" for axis, value in sizes.items())
+    phase = f"{{name:alone,steps:{steps},elastic:{{{values}}},num_random:1,teacher:none}}"
+    return ["shrinking.schedule=phases", f"shrinking.phases=[{phase}]"]
+
+
+def macs(supernet: Supernet, subnet: SubnetConfig) -> int:
+    """Multiply-accumulates of one example's forward pass."""
+    return sum(block.macs for block in supernet.block_costs(subnet))
+
+
+def subnets(space: SearchSpace) -> dict[str, SubnetConfig]:
+    """Largest, smallest and eight between: three of even sizes, five drawn at random."""
+    even = {"largest": _LARGEST, "half": _HALF, "smallest": _SMALLEST, "short": _BETWEEN[0], "narrow": _BETWEEN[1]}
+    rng = np.random.default_rng(_SUBNET_SEED)
+    named = {name: space.subnet(**sizes) for name, sizes in even.items()}
+    return {**named, **{f"random {number}": space.sample(rng) for number in range(1, _NUM_RANDOM + 1)}}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Accuracy of every subnet before and after, and of the sizes trained alone, on the 10,000 test images."""
+    before, after = job.started("head"), job.started("supernet")
+    chosen = subnets(after.supernet.space)
+    scores = {
+        "accuracy_before": before.scorer.score(before.supernet.state(), chosen),
+        "accuracy": after.scorer.score(after.supernet.state(), chosen),
+    }
+    rows = [
+        {
+            "name": name,
+            "macs": macs(after.supernet, subnet),
+            **{key: score[name].accuracy for key, score in scores.items()},
+            "accuracy_alone": None,
+        }
+        for name, subnet in chosen.items()
+    ]
+    for row in rows:
+        part = f"alone_{row['name']}"
+        if part in ALONE:
+            run = job.started(part)
+            subnet = {"it": chosen[row["name"]]}
+            row["accuracy_alone"] = run.scorer.score(run.supernet.state(), subnet)["it"].accuracy
+    spent = {part: _spent(job.folder / part) for part in PARTS}
+    described = {"schedule": "sandwich", "steps": job.steps, "seed": job.seed, "precision": job.precision}
+    rows.sort(key=lambda row: row["macs"])
+    return {**described, "subnets": rows, "parts": spent, "versions": versions()}
+
+
+def _spent(folder: Path) -> dict[str, float]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"steps": summary["steps"], "cpu_minutes": summary["cpu_seconds"] / 60}
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """Print what `measure` found; the last line is machine-readable."""
+    print(f"{'subnet':<10} {'MMACs':>6} {'before':>7} {'after':>7} {'alone':>7}")
+    for row in result["subnets"]:
+        alone = "" if row["accuracy_alone"] is None else f"{row['accuracy_alone']:.4f}"
+        figures = f"{row['accuracy_before']:7.4f} {row['accuracy']:7.4f} {alone:>7}"
+        print(f"{row['name']:<10} {row['macs'] / 1e6:6.1f} {figures}")
+    for part, spent in result["parts"].items():
+        print(f"{part}: {spent['steps']:,} steps, {spent['cpu_minutes']:.1f} CPU minutes")
+    print("versions:", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    rows = {row["name"]: row for row in result["subnets"]}
+    largest = rows["largest"]["accuracy"]
+    lower_half = [row for row in rows.values() if row["macs"] <= 0.53 * rows["largest"]["macs"]]
+    gaps = {name: row["accuracy"] - row["accuracy_alone"] for name, row in rows.items() if row["accuracy_alone"]}
+    named = " ".join(f"over_alone_{name}={gap:+.4f}" for name, gap in gaps.items())
+    half = largest - rows["half"]["accuracy"]
+    least = largest - min(row["accuracy"] for row in lower_half)
+    print(f"largest={largest:.4f} largest_minus_half={half:.4f} largest_minus_least={least:.4f} {named}")
+
+
+def main() -> None:
+    """Train what is missing, then measure; `train` only trains the parts named."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", nargs="?", choices=("all", "train", "table"), default="all")
+    parser.add_argument("parts", nargs="*", help=f"of `train`: {', '.join(PARTS)}")
+    parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
+    parser.add_argument("--steps", type=int, default=1000, help="of the supernet, 64 images each")
+    parser.add_argument("--head-steps", type=int, default=200)
+    parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
+    given = parser.parse_args()
+    settings = {name: getattr(given, name) for name in ("steps", "head_steps", "precision", "seed", "threads")}
+    job = Job(given.folder.resolve(), data_path=given.data_path.resolve(), **settings)
+    unknown = sorted(set(given.parts) - set(PARTS))
+    if unknown:
+        parser.error(f"unknown parts {unknown}; expected some of {list(PARTS)}")
+    if given.action != "table":
+        for part in given.parts or PARTS:
+            job.train(part)
+    if given.action == "train":
+        return
+    result = measure(job)
+    replace_file(job.folder / "result.json", json.dumps(result, indent=1).encode())
+    plot_shrinking(result, job.folder / "accuracy_vs_macs.png")
+    print_table(result)
+
+
+if __name__ == "__main__":
+    main()
