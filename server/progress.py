@@ -26,6 +26,12 @@ def wide_console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
+def say(note: str | None) -> None:
+    """Print what the user should know before a run begins, if there is anything."""
+    if note:
+        wide_console(stderr=True).print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True, highlight=False)
+
+
 def sitting_out_lines(sitting_out: Mapping[str, str]) -> list[str]:
     """Who takes no part and why, the first few by name; `summary.json` lists all of them."""
     named = list(sitting_out.items())[:_MOST_NAMED]
