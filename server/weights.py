@@ -72,9 +72,7 @@ def _start_from_file(supernet: Supernet, path: Path, generator: torch.Generator)
         raise CheckpointError(f"supernet_weights: {error}") from error
     if left_out is None:
         return None
-    return (
-        f"supernet_weights: the classifier of {path.name} is for {left_out} classes: this run starts with a fresh one"
-    )
+    return f"supernet_weights: the classifier of {path.name} has {left_out} classes: this run starts with a fresh one"
 
 
 def _start_from_folder(supernet: Supernet, folder: Path) -> None:
