@@ -27,8 +27,8 @@ def read_content(path: str | os.PathLike[str]) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: expected a file of tensors and plain values as torch or, as .safetensors, safetensors writes it, "
-            "found something else, which is not executed"
+            f"{path}: not a readable checkpoint: expected tensors and plain values as torch or, as .safetensors, "
+            "safetensors writes them, found something else, which is not executed"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise CheckpointError(
