@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("action", nargs="?", choices=("all", "train", "table"), default="all")
     parser.add_argument("parts", nargs="*", help=f"of `train`: {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
-    parser.add_argument("--steps", type=int, default=1000, help="of the supernet, 64 images each")
+    parser.add_argument("--steps", type=int, default=800, help="of the supernet, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedofa.supernet.base import Supernet, assemble
+from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import WireError
 from fedofa.types.space import SubnetConfig
@@ -56,7 +56,7 @@ class SubnetCache:
         if subnet not in self._modules:
             supernet.space.check(subnet)
             empty = {item.name: torch.empty(item.shape) for item in supernet.parameter_table(subnet)}
-            self._modules[subnet] = assemble(supernet.skeleton(subnet), empty)
+            self._modules[subnet] = supernet.assemble(subnet, empty)
             if len(self._modules) > _MAX_MODULES:
                 self._modules.popitem(last=False)
         self._modules.move_to_end(subnet)

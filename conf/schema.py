@@ -295,7 +295,7 @@ class SimulateConf:
     resume: bool = MISSING  # go on from the newest checkpoint in output_dir
     resume_round: int | None = None  # go on from this round's checkpoint instead
     output_dir: str = MISSING
-    supernet_weights: str | None = None  # folder of an earlier run, whose supernet this one starts from
+    supernet_weights: str | None = None  # where it starts: an earlier run's folder, or a published checkpoint file
     data: DataConf = MISSING  # or what SOURCES says for its `name`
     partition: PartitionConf = MISSING
     fleet: FleetConf = MISSING
@@ -349,7 +349,7 @@ class ShrinkConf:
     resume: bool = MISSING  # go on from the newest checkpoint in output_dir
     resume_step: int | None = None  # go on from this step's checkpoint instead
     output_dir: str = MISSING
-    supernet_weights: str | None = None  # folder of an earlier run, whose supernet this one starts from
+    supernet_weights: str | None = None  # where it starts: an earlier run's folder, or a published checkpoint file
     num_threads: int = MISSING  # of torch; with 1 the result is the same, bit for bit, every time
     checkpoint_every: int = MISSING  # steps
     num_watched: int = MISSING  # random subnets that are scored beside the largest and the smallest

@@ -31,12 +31,13 @@ from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
 from server.planning import Planner
+from server.progress import say
 from server.resources import available_cores
 from server.rounds import RoundLog
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
 from server.tracking.backends import check_tracking
-from server.weights import start_from as start_from_folder
+from server.weights import start_from as start_from_weights
 
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
@@ -108,7 +109,7 @@ def build_parts(conf: SimulateConf) -> Parts:
     images = data.image_set
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     if conf.supernet_weights:
-        start_from_folder(supernet, Path(conf.supernet_weights))
+        say(start_from_weights(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
     plans = _plans(conf.finetune)
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):

@@ -26,19 +26,10 @@ def wide_console(*, stderr: bool = False) -> Console:
     return console if console.is_terminal else Console(stderr=stderr, width=140)
 
 
-def new_bars(console: Console) -> Bars:
-    """A bar with what is done, a status and the time left; nothing where the console is not a terminal."""
-    return Bars(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+def say(note: str | None) -> None:
+    """Print what the user should know before a run begins, if there is anything."""
+    if note:
+        wide_console(stderr=True).print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True, highlight=False)
 
 
 def sitting_out_lines(sitting_out: Mapping[str, str]) -> list[str]:
@@ -49,16 +40,22 @@ def sitting_out_lines(sitting_out: Mapping[str, str]) -> list[str]:
     return [*lines, f"{more} more sit out; summary.json says why"] if more else lines
 
 
-class Progress:
-    """Watches one run after the other; on a terminal as a moving bar, elsewhere as a line an evaluation."""
+class _Display:
+    """A bar with what is done, a status and the time left within its context; no bar where there is no terminal."""
 
-    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None) -> None:
         self._console = console or wide_console(stderr=True)
-        self._num_rounds = num_rounds
-        self._title = "FedOFA"
-        self._bars = new_bars(self._console)
-        self._task = None
-        self._accuracy = ""
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -68,6 +65,17 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+
+class Progress(_Display):
+    """Watches one run after the other; on a terminal as a moving bar, elsewhere as a line an evaluation."""
+
+    def __init__(self, num_rounds: int, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._num_rounds = num_rounds
+        self._title = "FedOFA"
+        self._task = None
+        self._accuracy = ""
 
     def next_run(self, title: str) -> None:
         """Another run follows under this title."""
@@ -101,23 +109,13 @@ class Progress:
             self._console.print(line, soft_wrap=True, markup=False)
 
 
-class StepProgress:
+class StepProgress(_Display):
     """Watches a training on this machine; on a terminal as a moving bar, elsewhere as a line a checkpoint."""
 
-    def __init__(self, num_steps: int, done: int) -> None:
-        self._console = wide_console(stderr=True)
+    def __init__(self, num_steps: int, done: int, console: Console | None = None) -> None:
+        super().__init__(console)
         self._num_steps = num_steps
-        self._bars = new_bars(self._console)
         self._task = self._bars.add_task("shrinking", total=num_steps, completed=done, status="")
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
 
     def step_finished(self, line: Mapping[str, Any], *, report: bool) -> None:
         """Move the bar; `line` is the step's in `steps.jsonl`, `report` asks for a line where there is no bar."""

@@ -71,7 +71,7 @@ class Scorer:
         return module
 
     def _cut(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
-        return self.supernet.build(subnet, {name: torch.from_numpy(tensor) for name, tensor in state.tensors.items()})
+        return self.supernet.build(subnet, state.tensors)
 
     def calibrated_tensors(self, state: SharedState, subnet: SubnetConfig) -> dict[str, np.ndarray]:
         """The subnet's tensors with calibrated statistics: what clients need that train with frozen ones."""

@@ -26,7 +26,7 @@ from fedofa.types.state import SharedState
 from server.checkpoint import Checkpoint, CheckpointStore, Totals, replace_file
 from server.federation import build_first, describe_supernet, flat_settings
 from server.outputs import exclusive, set_aside, subnet_row, versions
-from server.progress import StepProgress
+from server.progress import StepProgress, say
 from server.resources import Stopwatch
 from server.rounds import RoundLog
 from server.scoring import Scorer
@@ -127,7 +127,7 @@ def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     schedule = build_schedule(conf.shrinking, supernet.space)
     if conf.supernet_weights:
-        start_from(supernet, Path(conf.supernet_weights))
+        say(start_from(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     normalisation = supernet.normalisation or own
     shrinking = CentralShrinking(

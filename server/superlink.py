@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -29,7 +28,9 @@ from conf.schema import SimulateConf
 from fedofa.types import errors
 from fedofa.types.errors import ConfigError, FedofaError, RuntimeUnavailableError
 from server.environment import ONE_THREAD, SILENT_FLOWER
+from server.kept_process import KeptProcess
 from server.resources import descendants
+from server.run_log import FLOWER_LINE, RunLog, without_colours
 
 HOST = "127.0.0.1"
 MAX_NODES = 32
@@ -40,16 +41,7 @@ _START_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 _RECONNECT_SECONDS = 3.0
 _ENDING_SECONDS = 2.0  # between the end of the SuperLink's last connection and its exit status
-_TAIL_LINES = 6
-_FLOWER_LINE = re.compile(r"\x1b\[\d+m(?P<level>[A-Z]+) *\x1b\[0m:|Using SuperLink: |Successfully installed ")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR_LINE = re.compile(r"fedofa\.types\.errors\.(\w+): (.*)")
-_TRACEBACK_JOINTS = (
-    "Traceback (most recent call last):",
-    "During handling of the above exception, another exception occurred:",
-    "The above exception was the direct cause of the following exception:",
-)
-_LAST_ERRORS = ("ServerApp raised an exception", "Exit Code: ")  # after which the ServerApp prints nothing more
 _LISTENING = "0A"  # TCP_LISTEN of the kernel's include/net/tcp_states.h
 _DETAILS_PREFIX = "ServerApp failed with exception: "
 
@@ -107,7 +99,7 @@ class LoopbackFederation:
         """
         self._node_configs = list(node_configs)
         self._wanted_port = port
-        self._processes: dict[str, _KeptProcess] = {}  # the SuperLink comes first
+        self._processes: dict[str, KeptProcess] = {}  # the SuperLink comes first
 
     def __enter__(self) -> Self:
         self.port, *self._node_ports = _claim_ports(self._wanted_port, len(self._node_configs))
@@ -137,7 +129,7 @@ class LoopbackFederation:
         return {name: process.pid for name, process in self._processes.items()}
 
     @property
-    def _superlink(self) -> _KeptProcess:
+    def _superlink(self) -> KeptProcess:
         return self._processes["superlink"]
 
     def _start(self) -> None:
@@ -156,8 +148,8 @@ class LoopbackFederation:
             command = ["flower-supernode", *serve, str(port), *join]
             self._processes[name] = self._launch(name, command)
 
-    def _launch(self, name: str, command: Sequence[str], output: int | IO[bytes] | None = None) -> _KeptProcess:
-        return _KeptProcess(command, self._home / f"{name}.log", self._environment, output)
+    def _launch(self, name: str, command: Sequence[str], output: int | IO[bytes] | None = None) -> KeptProcess:
+        return KeptProcess(command, self._home / f"{name}.log", self._environment, output)
 
     def _await_superlink(self) -> None:
         """Wait until our own SuperLink answers: its port may have gone to another process before it was bound."""
@@ -192,7 +184,7 @@ class LoopbackFederation:
         settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in run_config.items()))
         submission = ["flwr", "run", str(app_dir), _CONNECTION, "--run-config", str(settings), "--format", "json"]
         run_id = str(self._ask(submission)["run-id"])
-        log = _RunLog(report)
+        log = RunLog(report)
         outcome = self._await_end(run_id, log, report)
         if outcome["status"] != "finished:completed":
             error = _failure(outcome["status"], str(outcome["status-details"]), log.failure)
@@ -201,7 +193,7 @@ class LoopbackFederation:
                     report(line)
             raise error
 
-    def _await_end(self, run_id: str, log: _RunLog, report: Callable[[str], None]) -> dict[str, Any]:
+    def _await_end(self, run_id: str, log: RunLog, report: Callable[[str], None]) -> dict[str, Any]:
         """Follow a run to its end, through as many connections as that takes; returns its row of `flwr ls`."""
         gone: set[str] = set()
         while True:
@@ -228,7 +220,7 @@ class LoopbackFederation:
             answer = {"error-message": " ".join(text.split()) or "no answer"}
         if not answer.get("success"):
             said = str(answer.get("error-message")).splitlines()
-            reason = " ".join(_ANSI.sub("", line).strip() for line in said if line and not _FLOWER_LINE.match(line))
+            reason = " ".join(without_colours(line).strip() for line in said if line and not FLOWER_LINE.match(line))
             self._check_superlink(self._superlink.poll(_ENDING_SECONDS))
             raise RuntimeUnavailableError(f"`{' '.join(command[:2])}` failed: {reason}")
         return answer
@@ -241,7 +233,7 @@ class LoopbackFederation:
                 "go on with the same command and resume=true"
             )
 
-    def _follow(self, run_id: str, log: _RunLog, gone: set[str], report: Callable[[str], None]) -> None:
+    def _follow(self, run_id: str, log: RunLog, gone: set[str], report: Callable[[str], None]) -> None:
         """Read the run's log from its beginning to the end of the connection, and watch the processes meanwhile."""
         command = ["flwr", "log", run_id, _CONNECTION, "--stream"]
         log.rewind()
@@ -272,123 +264,6 @@ class LoopbackFederation:
             if status is not None and name not in gone:
                 gone.add(name)
                 report(f"{name} ended with status {status}: {process.tail(1)}")
-
-
-class _RunLog:
-    """Sorts a ServerApp's lines: its own go to a report, an error of Flower's with its traceback is kept.
-
-    Each connection gives the log from its beginning: after `rewind`, lines that were reported are not reported again.
-    """
-
-    def __init__(self, report: Callable[[str], None]) -> None:
-        self._report = report
-        self._num_reported = 0
-        self.rewind()
-
-    def rewind(self) -> None:
-        """The next line is the first of the log."""
-        self.failure: list[str] = []
-        self._num_own = 0
-        self._in_traceback = False
-        self._ended = False
-
-    def add(self, line: str) -> None:
-        """Take the next line, without its end.
-
-        `failure` is then, without colours, the last error with its traceback, or all from an error that ends the app.
-        """
-        flower = _FLOWER_LINE.match(line)
-        if self._ended:
-            self.failure.append(_ANSI.sub("", line))
-        elif flower and flower["level"] == "ERROR":
-            self.failure = [_ANSI.sub("", line)]
-            self._in_traceback = False
-            self._ended = any(words in line for words in _LAST_ERRORS)
-        elif flower:
-            self._in_traceback = False
-        elif self.failure and self._continues_failure(line):
-            self.failure.append(_ANSI.sub("", line))
-        elif line:
-            self._num_own += 1
-            if self._num_own > self._num_reported:
-                self._num_reported = self._num_own
-                self._report(line)
-
-    def _continues_failure(self, line: str) -> bool:
-        """Whether a line is part of a traceback, which ends with its first line that is not indented."""
-        if line in _TRACEBACK_JOINTS:
-            self._in_traceback = line == _TRACEBACK_JOINTS[0]
-            return True
-        inside = self._in_traceback
-        if line and not line[0].isspace():
-            self._in_traceback = False
-        return inside
-
-
-class _KeptProcess:
-    """A command under its keeper (`server.keeper`): all that comes of it ends with this object or this process."""
-
-    def __init__(
-        self, command: Sequence[str], log: Path, environment: Mapping[str, str], output: int | IO[bytes] | None
-    ) -> None:
-        program = shutil.which(command[0], path=environment["PATH"])
-        if program is None:
-            raise RuntimeUnavailableError(f"the command {command[0]!r} is missing; install flwr into this environment")
-        self._log = log
-        lifeline, self._lifeline = os.pipe()
-        keeper = [sys.executable, "-P", "-m", "server.keeper", str(lifeline), program, *command[1:]]
-        try:
-            with log.open("wb") as file:
-                self._process = subprocess.Popen(
-                    keeper,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file if output is None else output,
-                    stderr=file,
-                    pass_fds=[lifeline],
-                    env=environment,
-                    start_new_session=True,  # Ctrl-C is for this process alone, which then ends them
-                )
-        except BaseException:
-            os.close(self._lifeline)
-            raise
-        finally:
-            os.close(lifeline)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        if self._process.stdout is None:
-            raise RuntimeUnavailableError("the output of this process goes to its log")
-        return self._process.stdout
-
-    def poll(self, seconds: float = 0.0) -> int | None:
-        """The exit status, or None if it still runs when the seconds have passed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(seconds)
-        return None
-
-    def tail(self, num_lines: int = _TAIL_LINES) -> str:
-        """The last lines of its log as one line."""
-        lines = [" ".join(_ANSI.sub("", line).split()) for line in self._log.read_text(errors="replace").splitlines()]
-        return " | ".join([line for line in lines if line][-num_lines:]) or "it printed nothing"
-
-    def close(self) -> None:
-        """Kill it with all that came of it and wait; more calls do nothing."""
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
-        self._process.wait()
 
 
 def _environment(home: Path) -> dict[str, str]:

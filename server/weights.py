@@ -1,4 +1,7 @@
-"""A run's supernet as files, `supernet.safetensors` and `supernet.json`: written at its end, a start for other runs."""
+"""A supernet's weights as files: written at a run's end, and what other runs start from, published files too.
+
+A run leaves `supernet.safetensors` and `supernet.json` in its folder.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.published import start_from_published
 from fedofa.types.errors import CheckpointError
 from fedofa.types.state import SharedState
 from server.checkpoint import replace_file
@@ -39,21 +44,45 @@ def write_supernet(
     replace_file(folder / _DESCRIPTION, json.dumps(content, indent=1).encode())
 
 
-def start_from(supernet: Supernet, folder: Path) -> None:
-    """Take over the weights and the channel ordering that a run left in `folder`.
+def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> str | None:
+    """Take over the weights that a run left in a folder, with their channel ordering, or those of a published file.
+
+    Args:
+        supernet: of the space that the weights are of.
+        path: the folder, or its `supernet.safetensors`, or a published Once-for-All checkpoint.
+        generator: draws the classifier where a published file's has another number of classes.
+
+    Returns:
+        What the user should know, if anything.
 
     Raises:
         CheckpointError: when a file is missing or damaged, or holds a supernet of another space (the settings that
             differ are named).
     """
-    folder = folder.parent if folder.name == _TENSORS else folder
+    if path.is_file() and path.name != _TENSORS:
+        return _start_from_file(supernet, path, generator)
+    _start_from_folder(supernet, path.parent if path.name == _TENSORS else path)
+    return None
+
+
+def _start_from_file(supernet: Supernet, path: Path, generator: torch.Generator) -> str | None:
+    try:
+        left_out = start_from_published(supernet, path, generator)
+    except CheckpointError as error:
+        raise CheckpointError(f"supernet_weights: {error}") from error
+    if left_out is None:
+        return None
+    return f"supernet_weights: the classifier of {path.name} has {left_out} classes: this run starts with a fresh one"
+
+
+def _start_from_folder(supernet: Supernet, folder: Path) -> None:
     try:
         description = json.loads((folder / _DESCRIPTION).read_bytes())["supernet"]
         arrays = load_tensors((folder / _TENSORS).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"supernet_weights: {folder} cannot be read: {error!r}; expected a run's folder with {_TENSORS} and "
-            f"{_DESCRIPTION}"
+            f"{_DESCRIPTION}, or a published checkpoint file"
         ) from error
     _check_description(folder, description, supernet.description())
     ordering = {name.removeprefix(_ORDERING): item for name, item in arrays.items() if name.startswith(_ORDERING)}

@@ -95,7 +95,8 @@ class FitSearch:
             closest = min(item for item in (closest, *(pricing.miss() for pricing in priced)) if item is not None)
         raise InfeasibilityError(
             f"no subnet of {self.space.family!r} fits a {profile.device_class!r} device: "
-            f"{closest[1] if closest else 'no plan was given'}"
+            f"{closest[1] if closest else 'no plan was given'}. Raise its memory_bytes or the round's seconds, or take "
+            "a supernet with smaller subnets"
         )
 
     def fit_of(self, subnet: SubnetConfig, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit | None:

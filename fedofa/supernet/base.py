@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 import torch
@@ -18,29 +19,42 @@ from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
 
+_ALIGNMENT_BYTES = 64
 _KEPT_SLICE_MAPS = 256
 """Maps of the last so many subnets are kept: training meets a new one every step, a fleet the same ones every round."""
 
 
-def assemble(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Put tensors into a skeleton from the meta device, which becomes an ordinary module that owns them.
+def refuse_tensors(names: Iterable[str], tensors: Mapping[str, Tensor]) -> NoReturn:
+    """Say with a `SpaceError` how tensors differ from those of a subnet, whose names are given."""
+    wanted = set(names)
+    missing, left = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    if missing:
+        raise SpaceError(f"the subnet needs the tensor {missing[0]!r}, which was not given")
+    raise SpaceError(f"the subnet has no tensors {left[:5]} ({len(left)} in all)")
 
-    Raises:
-        SpaceError: when the names are not exactly the skeleton's.
+
+def _side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The arrays copied into one piece of memory, in order and C order, each aligned as torch aligns its own.
+
+    One piece costs one allocation, and numpy asks the system for huge pages where it is large.
     """
-    left = set(tensors)
-    for prefix, module in skeleton.named_modules():
-        dot = f"{prefix}." if prefix else ""
-        for own in (module._parameters, module._buffers):
-            for name in [name for name, current in own.items() if current is not None]:
-                if dot + name not in left:
-                    raise SpaceError(f"the subnet needs the tensor {dot + name!r}, which was not given")
-                left.remove(dot + name)
-                tensor = tensors[dot + name]
-                own[name] = nn.Parameter(tensor) if own is module._parameters else tensor  # type: ignore[assignment]
-    if left:
-        raise SpaceError(f"the subnet has no tensors {sorted(left)[:5]} ({len(left)} in all)")
-    return skeleton
+    offsets, end = [], 0
+    for array in arrays.values():
+        offsets.append(end)
+        end += -(-array.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    memory = np.empty(end + _ALIGNMENT_BYTES, np.uint8)
+    start = -memory.__array_interface__["data"][0] % _ALIGNMENT_BYTES
+    tensors = {}
+    for (name, array), offset in zip(arrays.items(), offsets, strict=True):
+        own = np.ndarray(array.shape, array.dtype, memory, start + offset)
+        own[...] = array
+        tensors[name] = torch.from_numpy(own)
+    return tensors
+
+
+def _as_array(value: np.ndarray | Tensor) -> np.ndarray:
+    """A tensor as numpy sees it, without a copy where it lies in the CPU's memory."""
+    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
 
 
 class Supernet(nn.Module, ABC):
@@ -75,6 +89,19 @@ class Supernet(nn.Module, ABC):
     @abstractmethod
     def skeleton(self, subnet: SubnetConfig) -> nn.Module:
         """Plain torch layers on the meta device: shapes and names, no weights."""
+
+    @abstractmethod
+    def assemble(self, subnet: SubnetConfig, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
+        """The subnet as an ordinary module that owns these tensors.
+
+        Args:
+            subnet: of this space.
+            tensors: its parameters and buffers by name.
+            frozen: evaluation mode, and parameters that ask for no gradients.
+
+        Raises:
+            SpaceError: when the names are not exactly the subnet's.
+        """
 
     @abstractmethod
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
@@ -131,20 +158,42 @@ class Supernet(nn.Module, ABC):
         return self._slices[key]
 
     @final
-    def cut(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The subnet's tensors as contiguous copies, from `shared` where given, else from this supernet's."""
+    def cut(self, subnet: SubnetConfig, shared: Mapping[str, np.ndarray | Tensor] | None = None) -> dict[str, Tensor]:
+        """The subnet's tensors as copies in the CPU's memory, one after the other in one piece of it.
+
+        Args:
+            subnet: what to cut out.
+            shared: shared tensors by name, as numpy arrays or torch tensors; by default this supernet's own.
+        """
+        slices = self.slice_map(subnet)
         source = self.shared() if shared is None else shared
-        with torch.no_grad():
-            return {
-                name: tensor.detach().clone(memory_format=torch.contiguous_format)
-                for name, tensor in self.slice_map(subnet).extract(source).items()
-            }
+        return _side_by_side(slices.extract({name: _as_array(source[name]) for name in slices.sources}))
 
     @final
-    def build(self, subnet: SubnetConfig, shared: Mapping[str, Tensor] | None = None) -> nn.Module:
+    def build(self, subnet: SubnetConfig, shared: Mapping[str, np.ndarray | Tensor] | None = None) -> nn.Module:
         """The subnet as a module with weights of its own (see `cut`)."""
         tensors = self.cut(subnet, shared)  # checks the subnet
-        return assemble(self.skeleton(subnet), tensors)
+        return self.assemble(subnet, tensors)
+
+    @final
+    def attach(self, subnet: SubnetConfig, arrays: Mapping[str, np.ndarray]) -> nn.Module:
+        """The subnet as a module in evaluation mode that runs on arrays as they lie: nothing is copied.
+
+        For what runs and is not trained: its parameters ask for no gradients, and whoever writes to them writes to the
+        arrays, also to read-only ones (a packed buffer's, the server's state).
+
+        Args:
+            subnet: whose tensors the arrays are.
+            arrays: the subnet's tensors by name.
+
+        Raises:
+            SpaceError: when the subnet is not of this space, or the names are not exactly its own.
+        """
+        self.space.check(subnet)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return self.assemble(subnet, tensors, frozen=True)
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:

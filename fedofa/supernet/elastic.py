@@ -7,16 +7,17 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedofa.supernet.base import Supernet
+from fedofa.supernet.base import Supernet, refuse_tensors
 from fedofa.supernet.costs import BlockCost, block_costs
-from fedofa.supernet.layers import Network
+from fedofa.supernet.layers import Filling, Network
 from fedofa.supernet.network import GROUP_NORM_CHANNELS, NORMS, MBConvSpec, NetworkSpec, ParameterSpec
 from fedofa.supernet.slices import matrix_name
 from fedofa.types.errors import ConfigError
@@ -135,6 +136,14 @@ class ElasticSupernet(Supernet, ABC):
 
     def skeleton(self, subnet: SubnetConfig) -> nn.Module:
         return Network(self.network_spec(subnet))
+
+    def assemble(self, subnet: SubnetConfig, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
+        filling = Filling(tensors, frozen)
+        with suppress(KeyError):  # of a tensor that is missing
+            network = Network(self.network_spec(subnet), filling)
+            if filling.num_taken == len(tensors):
+                return network
+        refuse_tensors((item.name for item in self.parameter_table(subnet)), tensors)
 
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
         return tuple(self.network_spec(subnet).parameters())

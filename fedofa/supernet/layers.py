@@ -1,13 +1,15 @@
 """The torch side of a `NetworkSpec`: plain layers, no elastic ones, named as the parameter table names them.
 
-Every layer is made on torch's meta device: shapes and names, no memory. Its tensors are always given to it
-(`base.assemble`), so none of these layers draws initial values.
+Every layer is made on torch's meta device: shapes and names, no memory. Its tensors are always given to it (`Filling`),
+so none of these layers draws initial values.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -182,44 +184,119 @@ class Network(nn.Sequential):
 
     Parts that share the head of their dotted names lie together in a `Sequential` of that name ("stages.1.0" in
     "stages", then "1"), so that the chain runs in order and a part's name is its path.
+
+    Args:
+        spec: the description.
+        filling: the tensors that it owns; without one they are on the meta device.
     """
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    def __init__(self, spec: NetworkSpec, filling: Filling | None = None) -> None:
         super().__init__()
+        self.training = filling is None or not filling.frozen
         for part in spec.parts:
-            self._add(part.name, copy_structure(_prototype(part, spec.norm, spec.norm_eps)))
-        self.flatten = nn.Flatten()
-        self.dropout = nn.Dropout(spec.dropout)
-        self.classifier = Linear(spec.features, spec.num_classes, device="meta")
+            self._add(part.name, _part_blueprint(part, spec.norm, spec.norm_eps), filling)
+        self._add("flatten", _FLATTEN, filling)
+        self._add("dropout", _dropout_blueprint(spec.dropout), filling)
+        self._add("classifier", _classifier_blueprint(spec.features, spec.num_classes), filling)
 
-    def _add(self, name: str, module: nn.Module) -> None:
+    def _add(self, name: str, blueprint: Blueprint, filling: Filling | None) -> None:
         *path, leaf = name.split(".")
         parent: nn.Module = self
         for step in path:
-            if step not in parent._modules:
-                parent.add_module(step, nn.Sequential())
-            parent = parent.get_submodule(step)
-        parent.add_module(leaf, module)
+            child = parent._modules.get(step)
+            if child is None:
+                child = parent._modules[step] = _CHAIN.make(filling)
+            parent = child
+        parent._modules[leaf] = blueprint.make(filling, f"{name}.")
+
+
+class Filling:
+    """Tensors by name for a module that is being made, and how many of them it has taken.
+
+    Args:
+        tensors: parameters and buffers by their names in the whole module.
+        frozen: evaluation mode, and parameters that ask for no gradients.
+    """
+
+    __slots__ = ("frozen", "num_taken", "tensors")
+
+    def __init__(self, tensors: Mapping[str, Tensor], frozen: bool) -> None:
+        self.tensors = tensors
+        self.frozen = frozen
+        self.num_taken = 0
 
 
 _CONTAINERS = frozenset({dict, set, OrderedDict})
+_FILLED = frozenset({"_modules", "_parameters", "_buffers"})
 
 
-def copy_structure(module: nn.Module) -> nn.Module:
-    """A module like the given one, with dictionaries of its own and the same tensors: cheaper than a new one."""
-    copied = object.__new__(type(module))
-    own = vars(copied)
-    for key, value in vars(module).items():
-        kind = value.__class__
-        own[key] = value if kind not in _CONTAINERS else value.copy() if value else kind()
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else copy_structure(child)
-    return copied
+class Blueprint:
+    """A module taken apart, from which modules like it are made: cheaper than its constructor and than a deep copy.
+
+    Each module made has dictionaries of its own; their values are shared. The first one is to be left as it is.
+    """
+
+    __slots__ = ("_attributes", "_buffers", "_children", "_containers", "_empty", "_kind", "_parameters")
+
+    def __init__(self, module: nn.Module) -> None:
+        attributes: dict[str, Any] = dict(vars(module))
+        own = {key: value for key, value in attributes.items() if type(value) in _CONTAINERS and key not in _FILLED}
+        self._kind = type(module)
+        self._attributes = attributes
+        self._empty = [(key, type(value)) for key, value in own.items() if not value]
+        self._containers = [(key, value) for key, value in own.items() if value]
+        self._parameters = [name for name, value in module._parameters.items() if value is not None]
+        self._buffers = [name for name, value in module._buffers.items() if value is not None]
+        self._children = [
+            (name, None if child is None else Blueprint(child)) for name, child in module._modules.items()
+        ]
+
+    def make(self, filling: Filling | None = None, prefix: str = "") -> nn.Module:
+        """A module like the first one: with its tensors, or with those of the filling whose names have the prefix."""
+        attributes = self._attributes.copy()
+        for key, kind in self._empty:
+            attributes[key] = kind()
+        for key, container in self._containers:
+            attributes[key] = container.copy()
+        parameters = attributes["_parameters"] = attributes["_parameters"].copy()
+        buffers = attributes["_buffers"] = attributes["_buffers"].copy()
+        if filling is not None:
+            tensors = filling.tensors
+            for name in self._parameters:
+                parameters[name] = nn.Parameter(tensors[prefix + name], not filling.frozen)
+            for name in self._buffers:
+                buffers[name] = tensors[prefix + name]
+            filling.num_taken += len(self._parameters) + len(self._buffers)
+            attributes["training"] = not filling.frozen
+        attributes["_modules"] = {
+            name: None if child is None else child.make(filling, f"{prefix}{name}.") for name, child in self._children
+        }
+        module = object.__new__(self._kind)
+        object.__setattr__(module, "__dict__", attributes)  # past nn.Module's own, which sorts what it is given
+        return module
 
 
-@lru_cache(maxsize=512)
-def _prototype(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
-    """The part's layers, to be copied and never used themselves."""
+_CHAIN = Blueprint(nn.Sequential())
+_FLATTEN = Blueprint(nn.Flatten())
+
+
+@lru_cache(maxsize=1024)
+def _part_blueprint(part: PartSpec, norm: str, norm_eps: float) -> Blueprint:
+    """One part's layers, kept: a space has few distinct parts, of which all its subnets are chained."""
+    return Blueprint(_build_part(part, norm, norm_eps))
+
+
+@lru_cache(maxsize=64)
+def _dropout_blueprint(probability: float) -> Blueprint:
+    return Blueprint(nn.Dropout(probability))
+
+
+@lru_cache(maxsize=64)
+def _classifier_blueprint(features: int, num_classes: int) -> Blueprint:
+    return Blueprint(Linear(features, num_classes, device="meta"))
+
+
+def _build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
     match part:
         case ConvSpec():
             return ConvNormAct(part, norm, norm_eps)

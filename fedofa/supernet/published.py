@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedofa.supernet.base import Supernet
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
@@ -25,6 +26,9 @@ from fedofa.supernet.proxyless import ProxylessSpec
 from fedofa.supernet.resnet import ResNetSpec
 from fedofa.supernet.weights_file import read_content
 from fedofa.types.errors import CheckpointError, ConfigError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of pixels scaled to [0, 1]: what the published networks were trained with."""
 
 PublishedSpec = MobileNetV3Spec | ProxylessSpec | ResNetSpec
 
@@ -129,9 +133,9 @@ def load_published(
             number of classes is not the published one and `num_classes` is not given.
         ConfigError: for a name that is none of the published ones.
     """
-    weights = _read(Path(path))
     if name is not None and name not in PUBLISHED:
-        raise ConfigError(f"load_published: unknown name {name!r}; published: {', '.join(PUBLISHED)}")
+        raise ConfigError(f"load_published: expected a name of {', '.join(PUBLISHED)}, found {name!r}")
+    weights = _read(Path(path))
     found = _classes(weights)
     spec = PUBLISHED[name or _closest(weights, found)]
     if num_classes is None and found not in (None, spec.num_classes):
@@ -143,10 +147,41 @@ def load_published(
     try:
         load_published_weights(supernet, weights)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path}: {error}{_better_name(weights, name)}") from None
     if num_classes in (None, supernet.spec.num_classes):  # type: ignore[attr-defined]
         return supernet
     return _with_fresh_classifier(supernet, replace(spec, num_classes=num_classes), generator)
+
+
+def start_from_published(
+    supernet: Supernet, path: str | os.PathLike[str], generator: torch.Generator | None = None
+) -> int | None:
+    """Take over the weights of a published checkpoint file, whose pixels were normalised by ImageNet's statistics.
+
+    Args:
+        supernet: of a published space; its number of classes, dropout and resolutions are free.
+        path: the file.
+        generator: draws the classifier where the file's has another number of classes; without one it is zero.
+
+    Returns:
+        The file's number of classes where its classifier was left out, else None.
+
+    Raises:
+        CheckpointError: when the supernet is of no published space, or the file is not of the supernet's; then nothing
+            was copied.
+    """
+    name = _published_name(supernet)
+    if name is None:
+        raise CheckpointError(f"{path}: {_no_format(supernet)}. Choose the settings of the space that the file is of")
+    num_classes = len(supernet.shared()["classifier.bias"])
+    source = load_published(path, name, num_classes=num_classes, generator=generator).shared()
+    with torch.no_grad():
+        for key, tensor in supernet.shared().items():
+            tensor.copy_(source[key])
+    supernet.set_ordering({})
+    supernet.normalisation = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    found = _classes(_read(Path(path)))
+    return found if found != num_classes else None
 
 
 def save_published(supernet: ElasticSupernet, path: str | os.PathLike[str]) -> None:
@@ -270,14 +305,34 @@ def _with_fresh_classifier(
     return supernet
 
 
-def _check_published(supernet: ElasticSupernet) -> None:
+def _better_name(weights: Mapping[str, Any], name: str | None) -> str:
+    """A hint where the weights are those of another published name."""
+    closest = _closest(weights, _classes(weights))
+    structure = build_elastic(replace(PUBLISHED[closest], num_classes=_classes(weights) or 1))
+    if name in (None, closest) or any(_match(structure, weights)[1].values()):
+        return ""
+    return f". The file is of {closest}, not of {name}: use that space"
+
+
+def _published_name(supernet: Supernet) -> str | None:
+    """The published name whose sizes the supernet has."""
     spec = getattr(supernet, "spec", None)
-    if not isinstance(spec, PublishedSpec) or not any(_sizes(spec) == _sizes(known) for known in PUBLISHED.values()):
-        raise CheckpointError(
-            f"a supernet of family {supernet.space.family!r} with these sizes has no published format: the package "
-            f"`ofa` builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout and "
-            "resolutions are free. Save its state instead"
-        )
+    if not isinstance(spec, PublishedSpec):
+        return None
+    return next((name for name, known in PUBLISHED.items() if _sizes(spec) == _sizes(known)), None)
+
+
+def _no_format(supernet: Supernet) -> str:
+    return (
+        f"a supernet of family {supernet.space.family!r} with these sizes has no published format: the package `ofa` "
+        f"builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout and resolutions are "
+        "free"
+    )
+
+
+def _check_published(supernet: ElasticSupernet) -> None:
+    if _published_name(supernet) is None:
+        raise CheckpointError(f"{_no_format(supernet)}. Save its state instead")
     if any(tensor.is_meta for tensor in supernet.shared().values()):
         raise CheckpointError("this supernet is structure only; load weights into it before it is saved")
 

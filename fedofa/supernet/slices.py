@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -92,15 +92,21 @@ class TensorSlice:
     index: Index
     kernel: KernelTransform | None
     role: str
+    _steps: tuple[Index, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Keep the index as extraction takes it: the slices at once, then each array of positions by itself."""
+        whole = slice(None)
+        plain = tuple(item if isinstance(item, slice) else whole for item in self.index)
+        gathers = [(whole,) * dim + (item,) for dim, item in enumerate(self.index) if isinstance(item, np.ndarray)]
+        steps = [plain, *gathers] if any(item != whole for item in plain) else gathers
+        object.__setattr__(self, "_steps", tuple(steps))
 
     def extract(self, shared: Mapping[str, T]) -> T:
-        """The subnet's tensor; a view of the shared one where the index and the transform allow it."""
+        """The subnet's tensor; a view of the shared one, or that itself, where the index and the transform allow it."""
         tensor = shared[self.name]
-        plain = tuple(item if isinstance(item, slice) else slice(None) for item in self.index)
-        tensor = tensor[plain] if plain else tensor
-        for dim, item in enumerate(self.index):
-            if isinstance(item, np.ndarray):
-                tensor = tensor[(slice(None),) * dim + (item,)]
+        for step in self._steps:
+            tensor = tensor[step]
         return tensor if self.kernel is None else self.kernel.apply(tensor, shared)
 
     @property
@@ -154,6 +160,14 @@ class SliceMap:
 
     def __contains__(self, name: str) -> bool:
         return name in self.slices
+
+    @property
+    def sources(self) -> Iterator[str]:
+        """Names of the shared tensors that extraction reads."""
+        for item in self:
+            yield item.name
+            if item.kernel is not None:
+                yield from item.kernel.matrices
 
     @property
     def trainable(self) -> tuple[str, ...]:

@@ -25,7 +25,12 @@ def read_content(path: str | os.PathLike[str]) -> Any:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint: expected tensors and plain values as torch or, as .safetensors, "
+            "safetensors writes them, found something else, which is not executed"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "expected a file of tensors that torch.load(weights_only=True) or, as .safetensors, safetensors reads"

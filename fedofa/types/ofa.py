@@ -30,7 +30,10 @@ _TAIL_DEPTH = 1
 def published_space(family: str) -> SearchSpace:
     """The published space of that family, or a `SpaceError` that lists the families."""
     if family not in PUBLISHED_SPACES:
-        raise SpaceError(f"no published space of family {family!r}; published: {', '.join(PUBLISHED_SPACES)}")
+        raise SpaceError(
+            f"no published space of family {family!r}: expected one of {', '.join(PUBLISHED_SPACES)}; a configuration "
+            "of another space is made by that space's `subnet`"
+        )
     return PUBLISHED_SPACES[family]
 
 

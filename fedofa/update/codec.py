@@ -38,6 +38,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -49,6 +50,7 @@ _MAGIC = b"\x89FDOFA\r\n"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sIIQ16s")
 _ALIGNMENT_BYTES = 64
+_ZEROS = bytes(_ALIGNMENT_BYTES)
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_DIMENSIONS = 64
 _WIDEST_ITEM_BYTES = 8
@@ -106,15 +108,27 @@ def encode_packed(
         WireError: the header is not JSON, a name is not a string, an array's dtype is not supported, or a finite value
             does not fit `float_dtype` (values that are already infinite or NaN pass).
     """
-    if float_dtype not in _FLOAT_WIRES:
-        raise ConfigError(f"float_dtype: expected one of {', '.join(_FLOAT_WIRES)}, found {float_dtype!r}; choose one")
-    listing, body, body_bytes = _lay_out(streams, float_dtype)
-    manifest = _encode_manifest(kind, header, listing)
-    checksum = xxhash.xxh3_128(manifest)
-    for part in body:
-        checksum.update(part)
-    prefix = _PREFIX.pack(_MAGIC, _VERSION, len(manifest), body_bytes, checksum.digest())
-    return b"".join((prefix, manifest, *body))
+    return _encode(kind, header, streams, float_dtype)[0]
+
+
+def encode_and_view(
+    kind: str,
+    header: Mapping[str, Any],
+    streams: Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    float_dtype: str = "float32",
+) -> tuple[bytes, Packed]:
+    """Packs like `encode_packed`, and gives what `decode_packed` makes of the buffer, without reading it again.
+
+    So the sender has the arrays as the receiver gets them, in memory that nobody writes to, for one copy in all.
+    """
+    buffer, layout = _encode(kind, header, streams, float_dtype)
+    body = memoryview(buffer)[len(buffer) - layout.body_bytes :]
+    views = {
+        stream: {entry.name: _from_wire(entry, body, stream) for entry in entries}
+        for stream, entries in layout.entries.items()
+    }
+    return buffer, Packed(kind, dict(header), views)
 
 
 def decode_packed(buffer: bytes | bytearray | memoryview, *, kind: str) -> Packed:
@@ -150,38 +164,66 @@ def decode_packed(buffer: bytes | bytearray | memoryview, *, kind: str) -> Packe
     return Packed(manifest["kind"], manifest["header"], streams)
 
 
-def _lay_out(
-    streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str
-) -> tuple[dict[str, list[dict[str, Any]]], list[Any], int]:
-    """Gives the manifest's listing of the streams, the parts of the body with the gaps between them, and its bytes."""
-    listing: dict[str, list[dict[str, Any]]] = {}
+class _Layout(NamedTuple):
+    """What a buffer is going to hold: its arrays by stream, the parts of the body with its gaps, and its bytes."""
+
+    entries: dict[str, list[_Entry]]
+    body: list[Any]
+    body_bytes: int
+
+
+def _encode(
+    kind: str, header: Mapping[str, Any], streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str
+) -> tuple[bytes, _Layout]:
+    if float_dtype not in _FLOAT_WIRES:
+        raise ConfigError(f"float_dtype: expected one of {', '.join(_FLOAT_WIRES)}, found {float_dtype!r}; choose one")
+    layout = _lay_out(streams, float_dtype)
+    manifest = _encode_manifest(kind, header, layout.entries)
+    checksum = xxhash.xxh3_128(manifest)
+    for part in layout.body:
+        checksum.update(part)
+    prefix = _PREFIX.pack(_MAGIC, _VERSION, len(manifest), layout.body_bytes, checksum.digest())
+    return b"".join((prefix, manifest, *layout.body)), layout
+
+
+def _lay_out(streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str) -> _Layout:
+    """Gives every array its place."""
+    layout: dict[str, list[_Entry]] = {}
     body: list[Any] = []
-    body_bytes = 0
+    end = 0
     for stream, arrays in streams.items():
         _check_name(stream, "a stream's name")
-        entries = listing[stream] = []
+        entries = layout[stream] = []
         for name, array in arrays.items():
-            _check_name(name, f"the name of an array in stream {stream!r}")
-            dtype, wire, data = _to_wire(array, float_dtype, f"stream {stream!r}, array {name!r}")
-            offset = _aligned(body_bytes)
-            entries.append({"name": name, "dtype": dtype, "wire": wire, "shape": array.shape, "offset": offset})
-            body += (bytes(offset - body_bytes), data)
-            body_bytes = offset + data.nbytes
-    return listing, body, body_bytes
+            if not isinstance(name, str):
+                _check_name(name, f"the name of an array in stream {stream!r}")
+            dtype, wire, data = _to_wire(array, float_dtype, stream, name)
+            gap = -end % _ALIGNMENT_BYTES
+            if gap:
+                body.append(_ZEROS[:gap])
+            body.append(data)
+            start = end + gap
+            end = start + data.nbytes
+            entries.append(_Entry(name, dtype, wire, array.shape, start, end))
+    return _Layout(layout, body, end)
 
 
-def _to_wire(array: np.ndarray, float_dtype: str, where: str) -> tuple[str, str, np.ndarray]:
-    """Gives dtype, wire and the elements as flat, contiguous bytes: a view of `array` where it can be."""
-    if not isinstance(array, np.ndarray):
-        _refuse(where, "a numpy array", type(array).__name__, "convert it first")
-    dtype = _NAMES.get((array.dtype.kind, array.dtype.itemsize))
+def _to_wire(array: np.ndarray, float_dtype: str, stream: str, name: str) -> tuple[str, str, np.ndarray]:
+    """Gives dtype, wire and the elements, contiguous and little-endian: `array` itself where it is so already."""
+    dtype = _NAMES.get((array.dtype.kind, array.dtype.itemsize)) if isinstance(array, np.ndarray) else None
     if dtype is None:
-        _refuse(where, f"dtype {', '.join(_DTYPES)} or float16", str(array.dtype), "convert it first")
-    flat = np.ascontiguousarray(array, dtype=_DTYPES[dtype]).reshape(-1)
+        _refuse_array(array, f"stream {stream!r}, array {name!r}")
+    data = np.ascontiguousarray(array, dtype=_DTYPES[dtype])
     wire = float_dtype if dtype == "float32" else dtype
     if wire in _INFINITY_BITS:
-        flat = _narrow(flat, wire, where)
-    return dtype, wire, flat.view(np.uint8)
+        data = _narrow(data.reshape(-1), wire, f"stream {stream!r}, array {name!r}")
+    return dtype, wire, data
+
+
+def _refuse_array(array: Any, where: str) -> NoReturn:
+    if not isinstance(array, np.ndarray):
+        _refuse(where, "a numpy array", type(array).__name__, "convert it first")
+    _refuse(where, f"dtype {', '.join(_DTYPES)} or float16", str(array.dtype), "convert it first")
 
 
 def _narrow(values: np.ndarray, wire: str, where: str) -> np.ndarray:
@@ -227,22 +269,39 @@ def _from_wire(entry: _Entry, body: memoryview, where: str) -> np.ndarray:
     return array
 
 
-def _encode_manifest(kind: str, header: Mapping[str, Any], listing: dict[str, list[dict[str, Any]]]) -> bytes:
+def _encode_manifest(kind: str, header: Mapping[str, Any], entries: Mapping[str, list[_Entry]]) -> bytes:
     _check_name(kind, "kind")
     plain = dict(header)
     try:
-        unchanged = _parse_json(json.dumps(plain)) == plain
+        text = _compact(plain)
+        unchanged = _parse_json(text) == plain
     except (TypeError, ValueError, RecursionError) as error:
         _refuse("header", "JSON values", str(error), "convert it first")
     if not unchanged:
         found = "values that JSON changes, such as tuples or keys that are not strings"
         _refuse("header", "JSON values", found, "make them lists and strings")
-    manifest = {"kind": kind, "header": plain, "streams": listing}
-    text = json.dumps(manifest, separators=(",", ":")).encode("ascii")
-    text += b" " * (_aligned(_PREFIX.size + len(text)) - _PREFIX.size - len(text))
-    if len(text) > _MAX_MANIFEST_BYTES:
-        _refuse("manifest", f"at most {_MAX_MANIFEST_BYTES} bytes", f"{len(text)}", "send large values as arrays")
-    return text
+    members = (f"{_compact(stream)}:[{','.join(map(_described, items))}]" for stream, items in entries.items())
+    manifest = f'{{"kind":{_compact(kind)},"header":{text},"streams":{{{",".join(members)}}}}}'.encode("ascii")
+    manifest += b" " * (_aligned(_PREFIX.size + len(manifest)) - _PREFIX.size - len(manifest))
+    if len(manifest) > _MAX_MANIFEST_BYTES:
+        _refuse("manifest", f"at most {_MAX_MANIFEST_BYTES} bytes", f"{len(manifest)}", "send large values as arrays")
+    return manifest
+
+
+def _described(entry: _Entry) -> str:
+    """One array of the manifest as JSON."""
+    return f"{_head(entry.name, entry.dtype, entry.wire, entry.shape)}{entry.offset}}}"
+
+
+@lru_cache(maxsize=8192)
+def _head(name: str, dtype: str, wire: str, shape: tuple[int, ...]) -> str:
+    """An array's description up to its offset, kept: the subnets of a space have many arrays alike."""
+    fields = {"name": name, "dtype": dtype, "wire": wire, "shape": shape, "offset": 0}
+    return _compact(fields).removesuffix("0}")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _check_prefix(view: memoryview) -> int:

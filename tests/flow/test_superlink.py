@@ -302,32 +302,6 @@ def test_the_ports_of_a_federation_are_distinct():
     assert superlink_module._claim_ports(wanted, 2)[0] == wanted
 
 
-def flower(level: str, text: str) -> str:
-    return f"\x1b[91m{level}\x1b[0m:     {text}"
-
-
-def test_progress_after_an_error_is_passed_on_and_the_last_error_kept():
-    said = []
-    log = superlink_module._RunLog(said.append)
-    trace = ["Traceback (most recent call last):", '  File "x.py", line 1, in f', "OSError: no route"]
-    last = ["Traceback (most recent call last):", "  f()", "fedofa.types.errors.ConfigError: rouns: unknown"]
-    joint = ["", "During handling of the above exception, another exception occurred:", ""]
-    ending = [flower("ERROR", "Exit Code: 201"), "The ServerApp raised.", "", "For more information, visit: <x>"]
-    lines = ["round 1", flower("ERROR", "push failed"), *trace, "round 2", flower("INFO", "retry"), "round 3"]
-    lines += [flower("ERROR", "ServerApp raised an exception"), *trace, "of 2 lines", *joint, *last, *ending]
-    for line in lines[:5]:
-        log.add(line)
-    assert said == ["round 1"]
-    log.rewind()  # the connection broke
-    for line in lines:
-        log.add(line)
-    assert said == ["round 1", "round 2", "round 3"]
-    assert log.failure[0] == "ERROR:     ServerApp raised an exception"
-    assert set(last) < set(log.failure)
-    assert log.failure[-1] == ending[-1]
-    assert "push failed" not in " ".join(log.failure)
-
-
 FLWR = """#!{python}
 import json, pathlib, sys
 count = pathlib.Path(__file__).with_name(sys.argv[1])

@@ -72,6 +72,29 @@ def test_the_bound_limits_the_weights_of_the_gradient(alpha):
     assert torch.equal(bounded, exact), "the value knows no bound"
 
 
+@pytest.mark.parametrize("alpha", [-1.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("bound", [1.3, 5.0, math.inf])
+def test_value_and_gradient_are_the_papers_sums_term_by_term(alpha, bound):
+    """D = 1/(a(a-1)) sum q ((p/q)^a - 1), or KL; dD = -1/a sum q min((p/q)^a, bound) d log q, arXiv 2102.07954."""
+    student, teacher = logits(16, 2.0), logits(17, 2.0)
+    values, gradients = [], []
+    for z, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        q = [math.exp(item) / sum(map(math.exp, z)) for item in z]
+        p = [math.exp(item) / sum(map(math.exp, t)) for item in t]
+        ratios = [(a / b) ** alpha for a, b in zip(p, q, strict=True)]
+        if alpha == 1:
+            values.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        else:
+            values.append(sum(b * (ratio - 1) for b, ratio in zip(q, ratios, strict=True)) / (alpha * (alpha - 1)))
+        weights = [b * min(ratio, bound) for b, ratio in zip(q, ratios, strict=True)]
+        gradients.append([-sum(w * ((i == k) - q[k]) for i, w in enumerate(weights)) / alpha for k in range(len(z))])
+    torch.testing.assert_close(
+        alpha_divergence(student, teacher, alpha, bound), torch.tensor(values, dtype=torch.float64)
+    )
+    got = gradient(lambda x: alpha_divergence(x, teacher, alpha, bound), student)
+    torch.testing.assert_close(got, torch.tensor(gradients, dtype=torch.float64))
+
+
 def test_it_stays_finite_where_a_probability_vanishes():
     student, teacher = torch.tensor([[200.0, 0.0, -200.0]]), torch.tensor([[-200.0, 0.0, 200.0]])
     for alpha in (-1.0, 0.0, 1.0):

@@ -1,6 +1,7 @@
 """What every supernet does: skeletons, cutting, the differentiable forward pass, orderings and states."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,6 @@ from cohorts import SPEC, build_supernet, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedofa.supernet.base import assemble
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SubnetConfig
 
@@ -71,6 +71,59 @@ def test_a_built_subnet_owns_its_memory(norm):
         assert supernet.state().digest() == before
         for name, tensor in given_tensors.items():
             assert torch.equal(tensor, supernet.shared()[name])
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_an_attached_subnet_computes_the_same_on_the_arrays_own_memory_and_leaves_them(norm):
+    supernet = SUPERNETS[norm].eval()
+    state = supernet.state()
+    for subnet in (supernet.space.largest(), supernet.space.smallest(), sample(norm, 3)):
+        arrays = {
+            name: np.ascontiguousarray(array)
+            for name, array in supernet.slice_map(subnet).extract(state.tensors).items()
+        }
+        for array in arrays.values():
+            array.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = supernet.attach(subnet, arrays)
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert all(tensor.data_ptr() == arrays[name].ctypes.data for name, tensor in model.state_dict().items())
+        x = images(supernet.resolution(subnet))
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), supernet(x, subnet), atol=1e-6, rtol=1e-6)
+        with pytest.raises(SpaceError, match="needs the tensor 'classifier.bias'"):
+            supernet.attach(subnet, {name: array for name, array in arrays.items() if name != "classifier.bias"})
+    assert supernet.state().digest() == state.digest()
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_cut_lies_in_one_piece_of_memory_aligned_and_keeps_types(norm):
+    supernet = SUPERNETS[norm]
+    subnet = sample(norm, 5)
+    cut = supernet.cut(subnet, {name: array.astype(np.float64) for name, array in supernet.state().tensors.items()})
+    expected = supernet.slice_map(subnet).extract(supernet.shared())
+    assert list(cut) == list(expected)
+    end = min(tensor.data_ptr() for tensor in cut.values())
+    for name, tensor in cut.items():
+        assert tensor.data_ptr() % 64 == 0
+        assert end <= tensor.data_ptr() < end + 64
+        assert tensor.is_contiguous() and tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor.float(), expected[name].detach(), atol=1e-6, rtol=1e-6)
+        end = tensor.data_ptr() + tensor.numel() * 8
+
+
+def test_two_modules_of_one_subnet_share_no_state():
+    supernet = SUPERNETS["batch"]
+    first, second = (supernet.build(supernet.space.smallest()) for _ in range(2))
+    own = [{id(value) for module in model.modules() for value in vars(module).values() if isinstance(value, dict | set)}
+           for model in (first, second)]  # fmt: skip
+    assert own[0].isdisjoint(own[1])
+    first.stem.act.register_forward_hook(lambda *_: pytest.fail("a hook of the other module"))
+    first.eval()
+    second(images(supernet.resolution(supernet.space.smallest())))
+    assert second.training and second.stem.norm.training
 
 
 @some
@@ -253,15 +306,15 @@ def test_with_group_norm_an_ordering_that_tears_groups_apart_is_refused():
         supernet.set_ordering({"stages.1.0.mid": np.roll(np.arange(24), 1)})
 
 
-def test_assemble_takes_exactly_the_skeletons_tensors():
+def test_assemble_takes_exactly_the_subnets_tensors():
     supernet = SUPERNETS["batch"]
     subnet = supernet.space.smallest()
     tensors = {item.name: torch.zeros(item.shape) for item in supernet.parameter_table(subnet)}
-    model = assemble(supernet.skeleton(subnet), tensors)
+    model = supernet.assemble(subnet, tensors)
     assert model.state_dict().keys() == tensors.keys()
     assert model.stem.conv.weight.data_ptr() == tensors["stem.conv.weight"].data_ptr()
     with pytest.raises(SpaceError, match="has no tensors .*'extra'"):
-        assemble(supernet.skeleton(subnet), {**tensors, "extra": torch.zeros(1)})
+        supernet.assemble(subnet, {**tensors, "extra": torch.zeros(1)})
     del tensors["stem.norm.running_var"]
     with pytest.raises(SpaceError, match=r"needs the tensor 'stem\.norm\.running_var'"):
-        assemble(supernet.skeleton(subnet), tensors)
+        supernet.assemble(subnet, tensors)

@@ -62,7 +62,11 @@ def test_entries_of_absent_blocks_do_not_matter():
 @pytest.mark.parametrize(
     ("architecture", "family", "message"),
     [
-        (V3, "mobilenet_v2", "no published space of family 'mobilenet_v2'; published: mobilenet_v3, proxyless, resnet"),
+        (
+            V3,
+            "mobilenet_v2",
+            "no published space of family 'mobilenet_v2': expected one of mobilenet_v3, proxyless, resnet",
+        ),
         ({"ks": [3] * 20, "d": [2] * 5}, "mobilenet_v3", r"missing \['e'\], unknown \[\]"),
         ({**V3, "w": [0] * 6}, "mobilenet_v3", r"missing \[\], unknown \['w'\]"),
         ({**V3, "ks": [3] * 21}, "mobilenet_v3", "kernel: expected 20 entries, found 21"),

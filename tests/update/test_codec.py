@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedofa.types.errors import ConfigError, WireError
-from fedofa.update.codec import decode_packed, encode_packed
+from fedofa.update.codec import decode_packed, encode_and_view, encode_packed
 
 EXACT_DTYPES = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float64"]
 FLOAT_DTYPES = ["float32", "float16", "bfloat16"]
@@ -156,6 +156,31 @@ def test_kind_header_streams_and_their_order_survive():
         "statistics": [],
         "control": ["z"],
     }
+
+
+@pytest.mark.parametrize("float_dtype", ["float32", "float16", "bfloat16"])
+def test_what_the_sender_views_is_what_decoding_gives(float_dtype):
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(4, 6)).astype(np.float32)
+    streams = {
+        "weights": {"a": wide[:, :5], "b": wide.T, "scalar": np.array(2.5, np.float32), "none": np.zeros((0, 3))},
+        "counts": {"n": np.arange(7), "flag": np.array([True, False])},
+    }
+    buffer, viewed = encode_and_view("payload", {"round": 1}, streams, float_dtype=float_dtype)
+    assert buffer == encode_packed("payload", {"round": 1}, streams, float_dtype=float_dtype)
+    decoded = decode_packed(buffer, kind="payload")
+    assert (viewed.kind, viewed.header) == (decoded.kind, decoded.header)
+    assert {name: list(arrays) for name, arrays in viewed.streams.items()} == {
+        name: list(arrays) for name, arrays in decoded.streams.items()
+    }
+    for stream, arrays in decoded.streams.items():
+        for name, array in arrays.items():
+            found = viewed.streams[stream][name]
+            assert found.dtype == array.dtype and not found.flags.writeable
+            np.testing.assert_array_equal(found, array, strict=True)
+    whole = np.frombuffer(buffer, np.uint8)
+    assert np.shares_memory(viewed.streams["counts"]["n"], whole)
+    assert np.shares_memory(viewed.streams["weights"]["a"], whole) == (float_dtype == "float32")
 
 
 def test_the_layout_is_as_documented():
