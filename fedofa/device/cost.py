@@ -132,6 +132,7 @@ class AnalyticCostModel(CostModel):
             (block.saved_elements - block.input_elements for block in backward if block.name in again), default=0
         )
         temporary = 2 * max(block.widest_elements for block in blocks)
-        values = 2 * parameters + trained * (1 + work.optimiser_slots)
+        composed = 2 * sum(block.step_elements for block in blocks)  # with their gradients
+        values = 2 * parameters + composed + trained * (1 + work.optimiser_slots)
         batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
         return _BYTES * (values + batch * (kept + temporary) + work.num_examples * blocks[0].input_elements)

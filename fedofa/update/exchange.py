@@ -20,7 +20,7 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 _TASK, _DELTA, _WEIGHTS = "task", "delta", "weights"
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
-                "num_steps": int}  # fmt: skip
+                "num_steps": int, "parametrised": bool}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
         "base_version": delta.base_version,
         "num_examples": delta.num_examples,
         "num_steps": delta.num_steps,
+        "parametrised": delta.parametrised,
     }
     return encode_packed(_DELTA, header, {_WEIGHTS: delta.weights}, float_dtype=float_dtype)
 
@@ -121,5 +122,5 @@ def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
 def _check_types(what: str, value: object, types: Mapping[str, type]) -> None:
     for name, kind in types.items():
         found = getattr(value, name)
-        if not isinstance(found, kind) or isinstance(found, bool):
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise WireError(f"the {what}'s {name}: expected {kind.__name__}, found {found!r:.80}")

@@ -44,6 +44,7 @@ def verify_delta(delta: SubnetDelta, expected: Expectation) -> None:
         ("base version", expected.version, delta.base_version),
         ("subnet", expected.subnet.digest(), delta.subnet.digest()),
         ("plan", expected.plan.digest(), delta.plan_digest),
+        ("parametrised", expected.plan.parametrised, delta.parametrised),
         ("number of examples", expected.num_examples, delta.num_examples),
     ):
         if wanted != found:
