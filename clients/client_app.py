@@ -12,14 +12,17 @@ from flwr.clientapp import ClientApp
 from clients.local import local_client
 from clients.records import facts_content, metrics_content, packed_buffer, packed_content
 from clients.state import load_client_state, save_client_state
-from clients.subnets import SubnetCache
+from clients.subnets import SubnetCache, build_teacher
 from fedofa.data.federation import Examples
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.trainer import LocalTraining, Objective, fine_tune
+from fedofa.shrinking.schedule import TeacherLoss
+from fedofa.shrinking.teaching import taught_objective, teacher_logits
 from fedofa.supernet.base import Supernet
 from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import DatasetError
+from fedofa.types.space import SubnetConfig
 from fedofa.update.exchange import ClientTask, decode_task, encode_delta
 
 app = ClientApp()
@@ -46,9 +49,11 @@ def train(message: Message, context: Context) -> Message:
     client = local_client(context)
     task, received = decode_task(packed_buffer(message))
     generator = seed_task(task.seed, client.client_id, task.round)
+    training = LocalTraining(**task.training)
+    objective = _teacher_objective(client.data.train, task, training)
     model, supernet = _subnets.load(task, received)
-    inputs, labels = _inputs(client.data.train, task, supernet)
-    result = fine_tune(model, task.plan, received, inputs, labels, LocalTraining(**task.training), generator)
+    inputs, labels = _inputs(client.data.train, task, task.subnet, supernet)
+    result = fine_tune(model, task.plan, received, inputs, labels, training, generator, objective)
     delta = SubnetDelta(
         client_id=client.client_id,
         round=task.round,
@@ -58,6 +63,7 @@ def train(message: Message, context: Context) -> Message:
         num_examples=len(labels),
         num_steps=result.num_steps,
         weights=result.weights,
+        parametrised=task.plan.parametrised,
     )
     state = load_client_state(context.state, client.client_id)
     save_client_state(context.state, state.after_round(task.round, result.loss))
@@ -74,7 +80,7 @@ def score(message: Message, context: Context) -> Message:
     model, supernet = _subnets.load(task, received)
     if not len(client.data.test.labels):
         raise DatasetError(f"client {client.client_id!r} holds no test examples; raise partition.client_test_fraction")
-    result = evaluate(model, *_inputs(client.data.test, task, supernet))
+    result = evaluate(model, *_inputs(client.data.test, task, task.subnet, supernet))
     metrics = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
     return Message(metrics_content(metrics), reply_to=message)
 
@@ -90,9 +96,22 @@ def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(material[8:16], "little") >> 1)
 
 
-def _inputs(examples: Examples, task: ClientTask, supernet: Supernet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Examples as the subnet takes them, and their labels."""
+def _teacher_objective(examples: Examples, task: ClientTask, training: LocalTraining) -> Objective | None:
+    """The loss of a task with a teacher, whose logits are computed once, before the subnet is built; else None."""
+    if task.teaching is None:
+        return None
+    supernet = _subnets.structure(task)
+    inputs, labels = _inputs(examples, task, task.teaching.subnet, supernet)
+    logits = teacher_logits(build_teacher(supernet, task.teaching), inputs, training.batch_size)
+    weights = (task.teaching.label_weight, task.teaching.teacher_weight)
+    return taught_objective(logits, labels, TeacherLoss(**task.teaching.loss), *weights, training.label_smoothing)
+
+
+def _inputs(
+    examples: Examples, task: ClientTask, subnet: SubnetConfig, supernet: Supernet
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples as a subnet takes them, and their labels."""
     statistics = task.normalisation
-    resolution = supernet.resolution(task.subnet)
+    resolution = supernet.resolution(subnet)
     inputs = prepare_inputs(examples.images, statistics["mean"], statistics["std"], resolution)
     return inputs, torch.from_numpy(examples.labels)

@@ -8,7 +8,6 @@ step's centre. All of them are plain slices of shared tensors, so a delta of the
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -37,13 +36,13 @@ def _parts(item: TensorSlice) -> Iterator[TensorSlice]:
     middle = slice((large - size) // 2, (large + size) // 2)
     shape, index = (item.shape[0], 1, size, size), (item.index[0], slice(None), middle, middle)
     yield TensorSlice(item.name, shape, item.shared_shape, index, None, item.role)
-    for (side, following), name in zip(
-        itertools.pairwise((*item.kernel.sizes[1:], None)), item.kernel.matrices, strict=True
-    ):
-        rows = slice(None) if following is None else _centre_positions(side, following)
-        whole = (side * side, side * side)
-        num_rows = side * side if isinstance(rows, slice) else len(rows)
-        yield TensorSlice(name, (num_rows, side * side), whole, (rows, slice(None)), None, "weight")
+    smaller = item.kernel.sizes[1:]
+    for side, following, name in zip(smaller, (*smaller[1:], None), item.kernel.matrices, strict=True):
+        values = side * side
+        rows = None if following is None else _centre_positions(side, following)
+        index = (slice(None) if rows is None else rows, slice(None))
+        shape = (values if rows is None else len(rows), values)
+        yield TensorSlice(name, shape, (values, values), index, None, "weight")
 
 
 def _centre_positions(side: int, size: int) -> np.ndarray:

@@ -17,10 +17,28 @@ from fedofa.update.codec import decode_packed, encode_packed
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """How parameters may travel."""
 
-_TASK, _DELTA, _WEIGHTS = "task", "delta", "weights"
+_TASK, _DELTA, _WEIGHTS, _TEACHER = "task", "delta", "weights", "teacher"
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
                 "num_steps": int, "parametrised": bool}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """A frozen subnet that a client's subnet learns from.
+
+    Args:
+        subnet: the teacher's configuration, in its plain form.
+        tensors: its tensors by name, with the statistics that it is evaluated with.
+        loss: the settings of `fedofa.shrinking.schedule.TeacherLoss`.
+        label_weight, teacher_weight: of the two losses.
+    """
+
+    subnet: SubnetConfig
+    tensors: Mapping[str, np.ndarray]
+    loss: Mapping[str, Any]
+    label_weight: float
+    teacher_weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,7 @@ class ClientTask:
         normalisation: per-channel "mean" and "std" of pixels in [0, 1].
         seed: of the run; with round and client id it seeds the client's draws.
         float_dtype: how the delta's values travel: "float32", "float16" or "bfloat16".
+        teaching: a teacher beside the labels; None for the labels alone.
     """
 
     round: int
@@ -47,6 +66,7 @@ class ClientTask:
     normalisation: Mapping[str, list[float]]
     seed: int
     float_dtype: str = "float32"
+    teaching: Teaching | None = None
 
 
 def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -62,7 +82,12 @@ def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
         "seed": task.seed,
         "float_dtype": task.float_dtype,
     }
-    return encode_packed(_TASK, header, {_WEIGHTS: tensors}, float_dtype=task.float_dtype)
+    streams = {_WEIGHTS: tensors}
+    if (teaching := task.teaching) is not None:
+        streams[_TEACHER] = teaching.tensors
+        weights = {"label_weight": teaching.label_weight, "teacher_weight": teaching.teacher_weight}
+        header["teaching"] = {"subnet": teaching.subnet.to_json(), "loss": dict(teaching.loss), **weights}
+    return encode_packed(_TASK, header, streams, float_dtype=task.float_dtype)
 
 
 def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np.ndarray]]:
@@ -76,15 +101,22 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
     try:
         header["subnet"] = SubnetConfig.from_json(header["subnet"])
         header["plan"] = FineTunePlan.from_json(header["plan"])
+        if header.get("teaching") is not None:
+            header["teaching"] = _teaching(header["teaching"], packed.streams[_TEACHER])
         task = ClientTask(**header)
         _check_types("task", task, _TASK_TYPES)
         if task.float_dtype not in FLOAT_DTYPES:
             raise WireError(f"the task's float_dtype: expected one of {list(FLOAT_DTYPES)}, found {task.float_dtype!r}")
         return task, packed.streams.get(_WEIGHTS, {})
-    except (KeyError, TypeError, FedofaError) as error:
+    except (KeyError, TypeError, ValueError, FedofaError) as error:
         raise WireError(
             f"the task's header is not understood: {error}; do server and client run the same release?"
         ) from error
+
+
+def _teaching(value: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Teaching:
+    teacher = SubnetConfig.from_json(value["subnet"])
+    return Teaching(teacher, tensors, dict(value["loss"]), float(value["label_weight"]), float(value["teacher_weight"]))
 
 
 def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
