@@ -1,4 +1,4 @@
-"""The Flower ClientApp: introduces its client, fine-tunes the subnet it is sent, scores one on its own test data."""
+"""The Flower ClientApp: introduces its client, fine-tunes, scores and calibrates what it is sent on its own data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from clients.records import facts_content, metrics_content, packed_buffer, packe
 from clients.state import load_client_state, save_client_state
 from clients.subnets import SubnetCache, build_teacher
 from fedofa.data.federation import Examples
+from fedofa.evaluation.calibration import CALIBRATION_BATCH, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
-from fedofa.finetune.trainer import LocalTraining, Objective, fine_tune
+from fedofa.finetune.trainer import LocalTraining, Objective, batch_bounds, fine_tune
 from fedofa.shrinking.schedule import TeacherLoss
 from fedofa.shrinking.teaching import taught_objective, teacher_logits
 from fedofa.supernet.base import Supernet
 from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import DatasetError
 from fedofa.types.space import SubnetConfig
-from fedofa.update.exchange import ClientTask, decode_task, encode_delta
+from fedofa.types.statistics import SubnetStatistics
+from fedofa.update.exchange import ClientTask, decode_task, encode_delta, encode_statistics
 
 app = ClientApp()
 _subnets = SubnetCache()
@@ -83,6 +85,26 @@ def score(message: Message, context: Context) -> Message:
     result = evaluate(model, *_inputs(client.data.test, task, task.subnet, supernet))
     metrics = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
     return Message(metrics_content(metrics), reply_to=message)
+
+
+@app.query("calibrate")
+def calibrate(message: Message, context: Context) -> Message:
+    """Sum up what the received subnet's batch norms see of the client's training examples; no image leaves it."""
+    torch.set_num_threads(1)
+    client = local_client(context)
+    task, received = decode_task(packed_buffer(message))
+    model, supernet = _subnets.load(task, received)
+    inputs, labels = _inputs(client.data.train, task, task.subnet, supernet)
+    bounds = batch_bounds(len(labels), CALIBRATION_BATCH)
+    statistics = SubnetStatistics(
+        client_id=client.client_id,
+        round=task.round,
+        subnet=task.subnet,
+        base_version=task.version,
+        num_examples=len(labels),
+        sums=statistic_sums(model, (inputs[start:end] for start, end in bounds)),
+    )
+    return Message(packed_content(encode_statistics(statistics)), reply_to=message)
 
 
 def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:

@@ -39,7 +39,7 @@ class Planner:
         Raises:
             ConfigError: when no client can train anything.
         """
-        plan = plan_fleet(clients, self.search, self._work, self.round_seconds)
+        plan = plan_fleet(clients, self.search, self.work, self.round_seconds)
         plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
         if not plan.assignments:
             raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
@@ -51,9 +51,10 @@ class Planner:
     def fit_of(self, subnet: SubnetConfig, client: ClientInfo) -> Fit | None:
         """A given subnet on a client's device; None where no plan fits."""
         budgets = Budgets(client.profile.memory_bytes, self.round_seconds)
-        return self.search.fit_of(subnet, client.profile, self._work(client.num_train), budgets)
+        return self.search.fit_of(subnet, client.profile, self.work(client.num_train), budgets)
 
-    def _work(self, num_examples: int) -> LocalWork:
+    def work(self, num_examples: int) -> LocalWork:
+        """What a client with that many training examples does in a round."""
         training = self.training
         samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
         slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)

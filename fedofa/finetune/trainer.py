@@ -69,7 +69,7 @@ class LocalTraining:
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps on that many examples."""
-        return self.max_steps or self.epochs * len(list(_batch_bounds(num_examples, self.batch_size)))
+        return self.max_steps or self.epochs * len(list(batch_bounds(num_examples, self.batch_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,13 +171,13 @@ def _batches(num_examples: int, training: LocalTraining, generator: torch.Genera
     left = training.num_steps(num_examples)
     while left:
         order = torch.randperm(num_examples, generator=generator)
-        for start, end in _batch_bounds(num_examples, training.batch_size):
+        for start, end in batch_bounds(num_examples, training.batch_size):
             if left:
                 left -= 1
                 yield order[start:end]
 
 
-def _batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
+def batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
     """Bounds of the batches; a last batch of one joins the one before it, since batch norm cannot train on one."""
     starts = list(range(0, num_examples, batch_size))
     if len(starts) > 1 and num_examples - starts[-1] == 1:

@@ -143,7 +143,7 @@ class Supernet(nn.Module, ABC):
     def costs(self, subnet: SubnetConfig, parametrised: bool = False) -> tuple[BlockCost, ...]:
         """What each block of `structure` with the same arguments costs for one example, in forward order."""
         blocks = self.block_costs(subnet)
-        return parametrised_costs(blocks, self.slice_map(subnet, True)) if parametrised else blocks
+        return parametrised_costs(blocks, self._slice) if parametrised else blocks
 
     def _slice(self, item: ParameterSpec) -> TensorSlice:
         key = (item.name, item.shape)

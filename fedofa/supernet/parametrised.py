@@ -8,7 +8,7 @@ step's centre. All of them are plain slices of shared tensors, so a delta of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import final
@@ -86,7 +86,7 @@ def _attributes(layer: nn.Module, names: Sequence[str]) -> list[Tensor]:
 
 
 def parametrise(skeleton: nn.Module, slices: SliceMap) -> nn.Module:
-    """Give a subnet's skeleton the parameters of its parametrised form, in place; `slices` are those of the plain one."""
+    """Give a subnet's skeleton the parameters of its parametrised form, in place; `slices` are the plain one's."""
     for item in slices:
         if item.kernel is None:
             continue
@@ -99,19 +99,25 @@ def parametrise(skeleton: nn.Module, slices: SliceMap) -> nn.Module:
     return skeleton
 
 
-def parametrised_costs(blocks: Sequence[BlockCost], slices: SliceMap) -> tuple[BlockCost, ...]:
-    """What the blocks of a parametrised subnet cost, from those of the plain one and the parametrised slices.
+def parametrised_costs(
+    blocks: Sequence[BlockCost], slice_of: Callable[[ParameterSpec], TensorSlice]
+) -> tuple[BlockCost, ...]:
+    """What the blocks of a parametrised subnet cost, from those of the plain one.
 
     Composing is a product of small matrices a step, not an example: what it keeps is counted, its MACs (in the spaces
     at hand below a hundredth of a step's) are not.
     """
-    return tuple(_parametrised(block, slices) for block in blocks)
+    return tuple(_parametrised(block, slice_of) for block in blocks)
 
 
-def _parametrised(block: BlockCost, slices: SliceMap) -> BlockCost:
-    own = [item for item in slices if item.name.startswith(f"{block.name}.") and item.role != "statistic"]
-    table = tuple(ParameterSpec(item.name, item.shape, (None,) * len(item.shape), item.role) for item in own)
-    kernels = [item for item in own if len(item.shape) == 4 and item.shape[-1] != item.shared_shape[-1]]
-    steps = [part for part in own if part.name.rpartition(".")[2].startswith("matrix_")]
-    composed = sum(kernels[0].shape[0] * part.shape[0] for part in steps) if kernels else 0
-    return replace(block, parameters=table, step_elements=composed)
+def _parametrised(block: BlockCost, slice_of: Callable[[ParameterSpec], TensorSlice]) -> BlockCost:
+    table, composed = [], 0
+    for item in block.parameters:
+        tensor = slice_of(item)
+        if tensor.kernel is None:
+            table.append(item)
+            continue
+        for part in _parts(tensor):
+            table.append(ParameterSpec(part.name, part.shape, (None,) * len(part.shape), part.role))
+            composed += item.shape[0] * part.shape[0] if part.name != item.name else 0
+    return replace(block, parameters=tuple(table), step_elements=composed) if composed else block

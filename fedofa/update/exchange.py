@@ -1,4 +1,4 @@
-"""What crosses the wire between server and client, on top of the packed codec: tasks down, deltas up."""
+"""What crosses the wire between server and client, on top of the packed codec: tasks down, deltas and statistics up."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import FedofaError, WireError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
+from fedofa.types.statistics import ChannelSums, SubnetStatistics
 from fedofa.update.codec import decode_packed, encode_packed
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """How parameters may travel."""
 
-_TASK, _DELTA, _WEIGHTS, _TEACHER = "task", "delta", "weights", "teacher"
+_TASK, _DELTA, _STATISTICS = "task", "delta", "statistics"
+_WEIGHTS, _TEACHER, _TOTALS, _SQUARES = "weights", "teacher", "totals", "squares"
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
                 "num_steps": int, "parametrised": bool}  # fmt: skip
+_STATISTICS_TYPES = {"client_id": str, "round": int, "base_version": int, "num_examples": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,44 @@ def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
         raise WireError(f"the delta's header is not understood: {error}") from error
     _check_types("delta", delta, _DELTA_TYPES)
     return delta
+
+
+def encode_statistics(statistics: SubnetStatistics) -> bytes:
+    """Pack a client's batch-norm statistics; they travel in float64 whatever the weights travel in."""
+    header = {
+        "client_id": statistics.client_id,
+        "round": statistics.round,
+        "subnet": statistics.subnet.to_json(),
+        "base_version": statistics.base_version,
+        "num_examples": statistics.num_examples,
+        "counts": {name: sums.count for name, sums in statistics.sums.items()},
+    }
+    totals = {name: sums.total for name, sums in statistics.sums.items()}
+    squares = {name: sums.squares for name, sums in statistics.sums.items()}
+    return encode_packed(_STATISTICS, header, {_TOTALS: totals, _SQUARES: squares})
+
+
+def decode_statistics(buffer: bytes | memoryview) -> SubnetStatistics:
+    """Unpack a client's statistics; only their form is checked here, their content by `verification`.
+
+    Raises:
+        WireError: when the buffer is damaged or holds no statistics.
+    """
+    packed = decode_packed(buffer, kind=_STATISTICS)
+    header = dict(packed.header)
+    try:
+        subnet, counts = SubnetConfig.from_json(header.pop("subnet")), dict(header.pop("counts"))
+        totals, squares = packed.streams.get(_TOTALS, {}), packed.streams.get(_SQUARES, {})
+        if not counts.keys() == totals.keys() == squares.keys():
+            raise WireError("its counts, sums and sums of squares are not of the same norms")
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts.values()):
+            raise WireError("a count is no whole number")
+        sums = {name: ChannelSums(counts[name], totals[name], squares[name]) for name in counts}
+        statistics = SubnetStatistics(subnet=subnet, sums=sums, **header)
+    except (KeyError, TypeError, ValueError, FedofaError) as error:
+        raise WireError(f"the statistics' header is not understood: {error}") from error
+    _check_types("statistics", statistics, _STATISTICS_TYPES)
+    return statistics
 
 
 def _check_types(what: str, value: object, types: Mapping[str, type]) -> None:

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional
 
 from fedofa.data.sources import load_source
-from fedofa.evaluation.calibration import ChannelSums, apply_sums, calibrate, merge_sums, statistic_sums
+from fedofa.evaluation.calibration import apply_sums, calibrate, merge_sums, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.shrinking.central import CentralShrinking, CentralTraining
 from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
 from fedofa.types.errors import DatasetError, SpaceError
+from fedofa.types.statistics import ChannelSums
 
 SUPERNET = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.smallest()

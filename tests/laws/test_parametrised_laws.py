@@ -47,7 +47,7 @@ def fold(family, deltas, optimiser=None):
 @laws
 @given(seeds)
 def test_a_parametrised_subnet_is_the_plain_one(family, seed):
-    """The same logits, and a gradient that reaches the large kernel's centre and the matrices as the supernet's does."""
+    """The same logits, and the gradient of the large kernel's centre and of the matrices is the supernet's."""
     supernet = SUPERNETS[family]
     rng = np.random.default_rng(seed)
     subnet = supernet.space.sample(rng)
