@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from flwr.app import Message
@@ -21,6 +21,7 @@ from fedofa.update.exchange import decode_statistics
 from fedofa.update.verification import StatisticsExpectation, verify_statistics
 from server.fleet import ClientInfo
 from server.planning import Planner
+from server.rounds import RoundRecord
 from server.scoring import Scorer
 
 CALIBRATE = "query.calibrate"
@@ -29,15 +30,6 @@ CALIBRATE = "query.calibrate"
 Exchange = Callable[[Iterable[Message]], Iterator[Message]]
 PayloadOf = Callable[[int, SharedState, SubnetConfig], bytes]
 """From round, state and subnet to the packed task that carries the subnet."""
-
-
-@dataclass(slots=True)
-class CalibrationRecord:
-    """What asking clients for statistics has cost: bytes both ways, and whose answers did not count."""
-
-    bytes_down: int = 0
-    bytes_up: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +53,7 @@ class FleetCalibration:
         state: SharedState,
         subnets: Iterable[SubnetConfig],
         clients: Iterable[ClientInfo],
-        record: CalibrationRecord,
+        record: RoundRecord,
     ) -> dict[SubnetConfig, StatisticSums]:
         """The merged statistics of each subnet.
 
@@ -70,7 +62,7 @@ class FleetCalibration:
         Args:
             exchange: sends messages and yields the replies.
             clients: are asked; for each subnet those whose memory holds it.
-            record: is added to.
+            record: its bytes and calibration failures are added to.
 
         Raises:
             QuorumError: when nobody gave usable statistics of a subnet.
@@ -81,7 +73,7 @@ class FleetCalibration:
             asked = {client.node_id: client for client in able if self._fits(subnet, client)}
             parts = self._ask(exchange, server_round, state, subnet, asked, record)
             if not parts:
-                why = next(iter(record.failures.values()), "no available client can hold it")
+                why = next(iter(record.calibration_failures.values()), "no available client can hold it")
                 raise QuorumError(
                     f"round {server_round}: none of {len(able)} clients gave usable statistics of subnet "
                     f"{subnet.digest()}: {why}; set evaluation.calibration=server to use the server's images"
@@ -96,7 +88,7 @@ class FleetCalibration:
         state: SharedState,
         subnet: SubnetConfig,
         asked: Mapping[int, ClientInfo],
-        record: CalibrationRecord,
+        record: RoundRecord,
     ) -> dict[str, StatisticSums]:
         """Client id -> its verified statistics; whoever's are refused is left out and named in the record."""
         payload = self.payload_of(server_round, state, subnet)
@@ -112,11 +104,11 @@ class FleetCalibration:
             try:
                 parts[client.client_id] = self._verified(reply, wanted, record)
             except (WireError, DeltaError) as error:
-                record.failures[client.client_id] = str(error)
+                record.calibration_failures[client.client_id] = str(error)
         return parts
 
     @staticmethod
-    def _verified(reply: Message, wanted: StatisticsExpectation, record: CalibrationRecord) -> StatisticSums:
+    def _verified(reply: Message, wanted: StatisticsExpectation, record: RoundRecord) -> StatisticSums:
         if reply.has_error():
             raise DeltaError(f"client {wanted.client_id!r} failed: {reply.error.reason}")
         buffer = packed_buffer(reply)

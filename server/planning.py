@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fedofa.device.cost import LocalWork
+from fedofa.device.cost import LocalWork, RoundCost
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from server.fleet import ClientInfo, FleetPlan, plan_fleet, plan_uniform
 
@@ -52,6 +54,14 @@ class Planner:
         """A given subnet on a client's device; None where no plan fits."""
         budgets = Budgets(client.profile.memory_bytes, self.round_seconds)
         return self.search.fit_of(subnet, client.profile, self.work(client.num_train), budgets)
+
+    def cost(
+        self, blocks: Sequence[BlockCost], plan: FineTunePlan, client: ClientInfo, teacher: Sequence[BlockCost]
+    ) -> RoundCost | None:
+        """What a round with a teacher costs a client; None where it is beyond the client's budgets."""
+        work, profile = self.work(client.num_train), client.profile
+        cost = self.search.cost_model.cost(blocks, plan, profile, work, teacher)
+        return None if Budgets(profile.memory_bytes, self.round_seconds).exceeded(cost) else cost
 
     def work(self, num_examples: int) -> LocalWork:
         """What a client with that many training examples does in a round."""

@@ -18,7 +18,6 @@ from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 from fedofa.types.statistics import StatisticSums
 
-
 SumsOf = Mapping[SubnetConfig, StatisticSums]
 """The clients' statistics, by subnet."""
 
@@ -53,8 +52,8 @@ class Scorer:
         if self.calibrates and not by_clients and not len(calibration.labels):
             raise ConfigError(
                 "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
-                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples); or let clients do it "
-                "with evaluation.calibration=clients"
+                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples), here or on the "
+                "clients (evaluation.calibration=clients)"
             )
 
     def score(

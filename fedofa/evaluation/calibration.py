@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedofa.types.errors import DatasetError, SpaceError
 from fedofa.types.statistics import ChannelSums, StatisticSums
 
-
 CALIBRATION_BATCH = 100
 """Examples that pass through a subnet together while it is observed."""
 

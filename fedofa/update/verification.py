@@ -15,7 +15,6 @@ from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from fedofa.types.statistics import ChannelSums, SubnetStatistics
 
-
 _ROUNDING = 1e-9
 """Relative error of float64 sums over many values: a sum of squares may be below its bound by so much."""
 
