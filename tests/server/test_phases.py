@@ -134,7 +134,7 @@ def test_each_client_holds_the_largest_teacher_that_its_memory_allows_beside_its
 def test_progressive_phases_take_who_can_hold_them_and_the_frozen_largest_teaches():
     schedule = ShrinkSchedule.progressive(SPACE, 12)
     made = shrinking("ttssbb", schedule)
-    assert [phase.name for phase in schedule.phases][0] == "largest"
+    assert schedule.phases[0].name == "largest"
     assert set(made.fleets[0].assignments) == {"client-0004", "client-0005"}
     assert "memory is exceeded" in made.fleets[0].sitting_out["client-0000"]
     assert len(made.fleets[-1].assignments) == 6
