@@ -1,4 +1,4 @@
-"""The Flower ClientApp: introduces its client, fine-tunes the subnet it is sent, scores one on its own test data."""
+"""The Flower ClientApp: introduces its client, fine-tunes, scores and calibrates what it is sent on its own data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from flwr.clientapp import ClientApp
 from clients.local import local_client
 from clients.records import facts_content, metrics_content, packed_buffer, packed_content
 from clients.state import load_client_state, save_client_state
-from clients.subnets import SubnetCache
+from clients.subnets import SubnetCache, build_teacher
 from fedofa.data.federation import Examples
+from fedofa.evaluation.calibration import CALIBRATION_BATCH, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.trainer import LocalTraining, Objective, batch_bounds, fine_tune
+from fedofa.shrinking.schedule import TeacherLoss
+from fedofa.shrinking.teaching import taught_objective, teacher_logits
 from fedofa.supernet.base import Supernet
 from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import DatasetError
-from fedofa.update.exchange import ClientTask, decode_task, encode_delta
+from fedofa.types.space import SubnetConfig
+from fedofa.types.statistics import SubnetStatistics
+from fedofa.update.exchange import ClientTask, decode_task, encode_delta, encode_statistics
 
 app = ClientApp()
 _subnets = SubnetCache()
@@ -46,9 +51,11 @@ def train(message: Message, context: Context) -> Message:
     client = local_client(context)
     task, received = decode_task(packed_buffer(message))
     generator = seed_task(task.seed, client.client_id, task.round)
+    training = LocalTraining(**task.training)
+    objective = _teacher_objective(client.data.train, task, training)
     model, supernet = _subnets.load(task, received)
-    inputs, labels = _inputs(client.data.train, task, supernet)
-    result = fine_tune(model, task.plan, received, inputs, labels, LocalTraining(**task.training), generator)
+    inputs, labels = _inputs(client.data.train, task, task.subnet, supernet)
+    result = fine_tune(model, task.plan, received, inputs, labels, training, generator, objective)
     delta = SubnetDelta(
         client_id=client.client_id,
         round=task.round,
@@ -58,6 +65,7 @@ def train(message: Message, context: Context) -> Message:
         num_examples=len(labels),
         num_steps=result.num_steps,
         weights=result.weights,
+        parametrised=task.plan.parametrised,
     )
     state = load_client_state(context.state, client.client_id)
     save_client_state(context.state, state.after_round(task.round, result.loss))
@@ -74,9 +82,29 @@ def score(message: Message, context: Context) -> Message:
     model, supernet = _subnets.load(task, received)
     if not len(client.data.test.labels):
         raise DatasetError(f"client {client.client_id!r} holds no test examples; raise partition.client_test_fraction")
-    result = evaluate(model, *_inputs(client.data.test, task, supernet))
+    result = evaluate(model, *_inputs(client.data.test, task, task.subnet, supernet))
     metrics = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
     return Message(metrics_content(metrics), reply_to=message)
+
+
+@app.query("calibrate")
+def calibrate(message: Message, context: Context) -> Message:
+    """Sum up what the received subnet's batch norms see of the client's training examples; no image leaves it."""
+    torch.set_num_threads(1)
+    client = local_client(context)
+    task, received = decode_task(packed_buffer(message))
+    model, supernet = _subnets.load(task, received)
+    inputs, labels = _inputs(client.data.train, task, task.subnet, supernet)
+    bounds = batch_bounds(len(labels), CALIBRATION_BATCH)
+    statistics = SubnetStatistics(
+        client_id=client.client_id,
+        round=task.round,
+        subnet=task.subnet,
+        base_version=task.version,
+        num_examples=len(labels),
+        sums=statistic_sums(model, (inputs[start:end] for start, end in bounds)),
+    )
+    return Message(packed_content(encode_statistics(statistics)), reply_to=message)
 
 
 def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:
@@ -90,9 +118,22 @@ def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(material[8:16], "little") >> 1)
 
 
-def _inputs(examples: Examples, task: ClientTask, supernet: Supernet) -> tuple[torch.Tensor, torch.Tensor]:
-    """Examples as the subnet takes them, and their labels."""
+def _teacher_objective(examples: Examples, task: ClientTask, training: LocalTraining) -> Objective | None:
+    """The loss of a task with a teacher, whose logits are computed once, before the subnet is built; else None."""
+    if task.teaching is None:
+        return None
+    supernet = _subnets.structure(task)
+    inputs, labels = _inputs(examples, task, task.teaching.subnet, supernet)
+    logits = teacher_logits(build_teacher(supernet, task.teaching), inputs, training.batch_size)
+    weights = (task.teaching.label_weight, task.teaching.teacher_weight)
+    return taught_objective(logits, labels, TeacherLoss(**task.teaching.loss), *weights, training.label_smoothing)
+
+
+def _inputs(
+    examples: Examples, task: ClientTask, subnet: SubnetConfig, supernet: Supernet
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Examples as a subnet takes them, and their labels."""
     statistics = task.normalisation
-    resolution = supernet.resolution(task.subnet)
+    resolution = supernet.resolution(subnet)
     inputs = prepare_inputs(examples.images, statistics["mean"], statistics["std"], resolution)
     return inputs, torch.from_numpy(examples.labels)

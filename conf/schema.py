@@ -16,7 +16,7 @@ class DataConf:
     path: str | None = None  # of the files, for sources that have some
     cache_dir: str = MISSING  # decoded images and partitions are kept here
     test_examples: int | None = MISSING  # size of the stratified global test set; null: the whole official test part
-    calibration_examples: int = MISSING  # held by the server, for batch-norm statistics; needed with norm: batch
+    calibration_examples: int = MISSING  # held by the server, for batch-norm statistics (see evaluation.calibration)
 
 
 @dataclass
@@ -273,6 +273,7 @@ class EvaluationConf:
 
     every: int = MISSING  # rounds between evaluations; the last round is always evaluated
     clients: bool = MISSING  # score every client's own test split at the end, on the client
+    calibration: str = MISSING  # whose images give batch-norm statistics: "server" | "clients"
     comparison: bool = MISSING  # run FedAvg on the one subnet that the weakest device can train, beside it
 
 
@@ -284,6 +285,31 @@ class TrackingConf:
     project: str = MISSING  # MLflow's experiment, W&B's project
     uri: str | None = None  # MLflow's store; without it mlflow.db beside output_dir
     mode: str = MISSING  # of W&B: "offline" | "online"
+
+
+@dataclass
+class TeacherLossConf:
+    """How far a subnet is from its teacher (see fedofa.shrinking.schedule)."""
+
+    kind: str = MISSING  # "soft_cross_entropy" | "alpha_divergence"
+    temperature: float = MISSING  # of soft_cross_entropy
+    alpha_low: float = MISSING  # of alpha_divergence, as alpha_high and max_ratio
+    alpha_high: float = MISSING
+    max_ratio: float = MISSING
+
+
+@dataclass
+class ScheduleConf:
+    """Which subnets of a supernet train when, and from whom they learn (see fedofa.shrinking)."""
+
+    schedule: str = MISSING  # "progressive" | "sandwich" | "attentive" | "phases"; of simulate also "none"
+    steps: int | None = MISSING  # of the whole schedule, not used by "phases"; of simulate null: as many as rounds
+    num_random: int = MISSING  # subnets a step beside the largest and the smallest; "sandwich" and "attentive"
+    candidates: int = MISSING  # of "attentive": k, of which one trains
+    prefer: str = MISSING  # of "attentive": "best" | "worst" of the candidates on the step's examples
+    macs_targets: list[float] = MISSING  # of "attentive": MACs of the candidates; empty: as uniform subnets have them
+    teacher_loss: TeacherLossConf = MISSING
+    phases: list[Any] = MISSING  # of "phases": one object a phase, as fedofa.shrinking.schedule.ShrinkPhase has it
 
 
 @dataclass
@@ -302,34 +328,16 @@ class SimulateConf:
     supernet: Any = MISSING  # one of SUPERNETS, by its `family`
     finetune: FinetuneConf = MISSING
     aggregation: AggregationConf = MISSING
+    shrinking: ScheduleConf = MISSING  # a schedule that says who trains what instead of the devices alone
     runtime: RuntimeConf = MISSING
     evaluation: EvaluationConf = MISSING
     tracking: TrackingConf = MISSING
 
 
 @dataclass
-class TeacherLossConf:
-    """How far a subnet is from its teacher (see fedofa.shrinking.schedule)."""
+class ShrinkingConf(ScheduleConf):
+    """How a supernet is trained centrally."""
 
-    kind: str = MISSING  # "soft_cross_entropy" | "alpha_divergence"
-    temperature: float = MISSING  # of soft_cross_entropy
-    alpha_low: float = MISSING  # of alpha_divergence, as alpha_high and max_ratio
-    alpha_high: float = MISSING
-    max_ratio: float = MISSING
-
-
-@dataclass
-class ShrinkingConf:
-    """How a supernet is trained centrally (see fedofa.shrinking)."""
-
-    schedule: str = MISSING  # "progressive" | "sandwich" | "attentive" | "phases"
-    steps: int = MISSING  # of the whole schedule; not used by "phases"
-    num_random: int = MISSING  # subnets a step beside the largest and the smallest; "sandwich" and "attentive"
-    candidates: int = MISSING  # of "attentive": k, of which one trains
-    prefer: str = MISSING  # of "attentive": "best" | "worst" of the candidates on the step's examples
-    macs_targets: list[float] = MISSING  # of "attentive": MACs of the candidates; empty: as uniform subnets have them
-    teacher_loss: TeacherLossConf = MISSING
-    phases: list[Any] = MISSING  # of "phases": one object a phase, as fedofa.shrinking.schedule.ShrinkPhase has it
     learning_rate: float = MISSING
     momentum: float = MISSING
     weight_decay: float = MISSING

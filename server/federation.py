@@ -22,6 +22,7 @@ from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import FitSearch, PlanOf
+from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.families import build_supernet
@@ -30,10 +31,12 @@ from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
+from server.phases import FederatedShrinking
 from server.planning import Planner
 from server.progress import say
 from server.resources import available_cores
 from server.rounds import RoundLog
+from server.schedules import federated_schedule
 from server.scoring import Scorer
 from server.strategy import FederationSettings, FedOFA
 from server.tracking.backends import check_tracking
@@ -42,6 +45,7 @@ from server.weights import start_from as start_from_weights
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
 _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
+_CALIBRATIONS = ("server", "clients")
 _IN_STORE = 2
 """Messages that wait for a free worker of this machine, so that none is idle while a reply is folded."""
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation", "tracking")
@@ -62,6 +66,7 @@ class Parts:
     training: LocalTraining
     optimiser: ServerOptimiser
     scorer: Scorer
+    schedule: ShrinkSchedule | None = None
 
     def strategy(self, output_dir: Path, *, uniform: bool = False) -> FedOFA:
         """A strategy at round 0, which keeps its checkpoints and diary in `output_dir`."""
@@ -81,17 +86,28 @@ class Parts:
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
             uniform=uniform,
         )
+        planner = Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
         return FedOFA(
             supernet=self.supernet,
             state=self.supernet.state(),
-            planner=Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype),
+            planner=planner,
             optimiser=self.optimiser,
             scorer=self.scorer,
             settings=settings,
             checkpoints=CheckpointStore(output_dir / "checkpoints"),
             log=RoundLog(output_dir / "rounds.jsonl"),
             run=run_identity(conf, uniform=uniform),
+            shrinking=None if uniform or self.schedule is None else self.shrinking(self.schedule, planner),
         )
+
+    def shrinking(self, schedule: ShrinkSchedule, planner: Planner) -> FederatedShrinking:
+        """What deals a schedule's subnets to the fleet.
+
+        Raises:
+            SpaceError, InfeasibilityError: when a phase leaves the space.
+        """
+        plans = _plans(self.conf.finetune, parametrised=True)
+        return FederatedShrinking(self.supernet, schedule, plans, planner, self.scorer.loss_on_own, self.conf.seed)
 
 
 def build_parts(conf: SimulateConf) -> Parts:
@@ -117,8 +133,30 @@ def build_parts(conf: SimulateConf) -> Parts:
     search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     normalisation = supernet.normalisation or own
-    scorer = Scorer(supernet, data.global_test, data.calibration, normalisation)
-    return Parts(conf, data, supernet, search, training, optimiser, scorer)
+    by_clients = conf.evaluation.calibration == "clients"
+    scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by_clients=by_clients)
+    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, _schedule(conf, supernet, data))
+    if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
+        parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
+    return parts
+
+
+def _schedule(conf: SimulateConf, supernet: Supernet, data: FederatedData) -> ShrinkSchedule | None:
+    """The shrinking schedule of a run, None without one."""
+    if conf.shrinking.schedule == "none":
+        return None
+    if not supernet.space.axes:
+        raise ConfigError(
+            f"shrinking.schedule: {conf.shrinking.schedule!r} needs a supernet of many subnets, found the fixed "
+            "network; choose an elastic one (supernet=small), or shrinking=none"
+        )
+    schedule = federated_schedule(conf.shrinking, supernet.space, conf.rounds)
+    if any(phase.candidates > 1 for phase in schedule.phases) and not len(data.calibration.labels):
+        raise ConfigError(
+            "data.calibration_examples: candidates of shrinking.schedule="
+            f"{conf.shrinking.schedule} are compared on images that the server holds: expected at least 1, found 0"
+        )
+    return schedule
 
 
 def build_training(conf: FinetuneConf) -> LocalTraining:
@@ -169,6 +207,12 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings.pop(name)
     if conf.finetune.decay != "none":
         settings["rounds"] = conf.rounds  # the learning rate of every round depends on how many there are
+    if conf.shrinking.schedule == "none":
+        settings["shrinking"] = {"schedule": "none"}
+    else:
+        settings["shrinking"]["steps"] = conf.rounds
+    if conf.finetune.statistics == "frozen" or conf.shrinking.schedule != "none":
+        settings["calibration"] = conf.evaluation.calibration  # statistics are part of what clients train with
     for name in _PATIENCE:
         settings["fleet"].pop(name)
     settings["data"].pop("cache_dir")
@@ -207,10 +251,11 @@ def build_first(description: dict[str, Any], generator: torch.Generator) -> Supe
     return start_from(structure.spec, pretrained, generator)
 
 
-def _plans(conf: FinetuneConf) -> list[list[PlanOf]]:
+def _plans(conf: FinetuneConf, *, parametrised: bool = False) -> list[list[PlanOf]]:
     """The plans in order of preference, each with the ways of recomputing that are allowed."""
+    same = {"statistics": conf.statistics, "parametrised": parametrised}
     return [
-        [partial(build_plan, name, recompute=again, statistics=conf.statistics) for again in _RECOMPUTE[conf.recompute]]
+        [partial(build_plan, name, recompute=again, **same) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans
     ]
 
@@ -245,6 +290,10 @@ def _check(conf: SimulateConf) -> None:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most fleet.num_clients ({conf.fleet.num_clients}), "
             f"found {conf.fleet.clients_per_round}"
+        )
+    if conf.evaluation.calibration not in _CALIBRATIONS:
+        raise ConfigError(
+            f"evaluation.calibration: expected one of {list(_CALIBRATIONS)}, found {conf.evaluation.calibration!r}"
         )
     if conf.finetune.recompute not in _RECOMPUTE:
         raise ConfigError(f"finetune.recompute: expected one of {list(_RECOMPUTE)}, found {conf.finetune.recompute!r}")

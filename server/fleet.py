@@ -33,10 +33,11 @@ class ClientInfo:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What one client trains."""
+    """What one client trains, and the frozen subnet that teaches it, where there is one."""
 
     client: ClientInfo
     fit: Fit
+    teacher: SubnetConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def untrainable(supernet: Supernet, state: SharedState, fits: Iterable[Fit]) -> 
         if (fit.subnet, fit.plan.trainable) in seen:
             continue
         seen.add((fit.subnet, fit.plan.trainable))
-        slices = supernet.slice_map(fit.subnet)
+        slices = supernet.slice_map(fit.subnet, fit.plan.parametrised)
         for name in fit.plan.trainable:
             mask = slices[name].reach(state.tensors)
             reached[name] = reached[name] | mask if name in reached else mask

@@ -6,6 +6,7 @@ import fcntl
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -87,7 +88,8 @@ def build_summary(
     """The content of `summary.json`."""
     totals = asdict(strategy.totals)
     records = strategy.log.read()
-    fits = [item.fit for item in strategy.plan.assignments.values()]
+    fleets = [strategy.plan] if strategy.shrinking is None else strategy.shrinking.fleets
+    fits = [item.fit for fleet in fleets for item in fleet.assignments.values()]
     never = untrainable(parts.supernet, strategy.state, fits)
     return {
         "rounds": strategy.done,
@@ -97,12 +99,33 @@ def build_summary(
         "shared_digest": strategy.state.digest(),
         "subnets": _subnet_rows(parts, strategy, on_clients),
         "comparison": _comparison_row(parts, comparison) if comparison else None,
+        "shrinking": _shrinking_row(strategy, records),
         "sitting_out": dict(strategy.plan.sitting_out),
         "untrainable": never,
         "lost_rounds": [record["round"] for record in records if record["outcome"] == "given up"],
         "num_failures": sum(len(record["failures"]) for record in records),
         **totals,
         "versions": versions(),
+    }
+
+
+def _shrinking_row(strategy: FedOFA, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the schedule did: who can train nothing in a phase, and in how many rounds whom it could not serve fully."""
+    if strategy.shrinking is None:
+        return None
+    phases = zip(strategy.shrinking.schedule.phases, strategy.shrinking.fleets, strict=True)
+    return {
+        "phases": [
+            {
+                "name": phase.name,
+                "rounds": phase.steps,
+                "clients": len(fleet.assignments),
+                "sitting_out": dict(fleet.sitting_out),
+            }
+            for phase, fleet in phases
+        ],
+        "untaught_rounds": dict(Counter(name for record in records for name in record["untaught"])),
+        "sitting_out_rounds": dict(Counter(name for record in records for name in record["sitting_out"])),
     }
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from fedofa.device.cost import LocalWork
+from fedofa.device.cost import LocalWork, RoundCost
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from server.fleet import ClientInfo, FleetPlan, plan_fleet, plan_uniform
 
@@ -39,7 +41,7 @@ class Planner:
         Raises:
             ConfigError: when no client can train anything.
         """
-        plan = plan_fleet(clients, self.search, self._work, self.round_seconds)
+        plan = plan_fleet(clients, self.search, self.work, self.round_seconds)
         plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
         if not plan.assignments:
             raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")
@@ -51,9 +53,18 @@ class Planner:
     def fit_of(self, subnet: SubnetConfig, client: ClientInfo) -> Fit | None:
         """A given subnet on a client's device; None where no plan fits."""
         budgets = Budgets(client.profile.memory_bytes, self.round_seconds)
-        return self.search.fit_of(subnet, client.profile, self._work(client.num_train), budgets)
+        return self.search.fit_of(subnet, client.profile, self.work(client.num_train), budgets)
 
-    def _work(self, num_examples: int) -> LocalWork:
+    def cost(
+        self, blocks: Sequence[BlockCost], plan: FineTunePlan, client: ClientInfo, teacher: Sequence[BlockCost]
+    ) -> RoundCost | None:
+        """What a round with a teacher costs a client; None where it is beyond the client's budgets."""
+        work, profile = self.work(client.num_train), client.profile
+        cost = self.search.cost_model.cost(blocks, plan, profile, work, teacher)
+        return None if Budgets(profile.memory_bytes, self.round_seconds).exceeded(cost) else cost
+
+    def work(self, num_examples: int) -> LocalWork:
+        """What a client with that many training examples does in a round."""
         training = self.training
         samples = training.max_steps * training.batch_size if training.max_steps else training.epochs * num_examples
         slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)

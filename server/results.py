@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -29,6 +31,8 @@ def print_results(output_dir: Path) -> None:
     console.print(table)
     for line in sitting_out_lines(summary["sitting_out"]):
         console.print(line, highlight=False, markup=False)
+    for line in shrinking_lines(summary["shrinking"]):
+        console.print(line, highlight=False, markup=False)
     if summary["lost_rounds"]:
         console.print(f"rounds given up for want of answers: {summary['lost_rounds']}", highlight=False)
     if summary["untrainable"]:
@@ -45,6 +49,21 @@ def print_results(output_dir: Path) -> None:
         f"Results, pictures and the supernet are in {output_dir}",
         highlight=False,
     )
+
+
+def shrinking_lines(shrinking: Mapping[str, Any] | None) -> list[str]:
+    """Who could not take part in a phase of the schedule, or learnt without the teacher that it asks for."""
+    if shrinking is None:
+        return []
+    lines = [
+        f"phase {phase['name']!r}: {phase['clients']} clients can train in it, {len(phase['sitting_out'])} sit it out"
+        for phase in shrinking["phases"]
+    ]
+    for key, what in (("untaught_rounds", "learnt from labels alone"), ("sitting_out_rounds", "held nothing dealt")):
+        if shrinking[key]:
+            total = sum(shrinking[key].values())
+            lines.append(f"{len(shrinking[key])} clients {what} in {total} of their rounds; summary.json names them")
+    return lines
 
 
 def print_shrinking(output_dir: Path) -> None:

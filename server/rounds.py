@@ -24,6 +24,8 @@ class Attempt:
         losses: (mean local training loss, examples) of every verified delta's client.
         failures: client id -> why its answer does not count.
         verified: deltas that passed verification.
+        sitting_out: client id -> why it was not asked, though the cohort's draw took it (shrinking only).
+        untaught: ids of clients that cannot hold the teacher that their phase asks for.
     """
 
     cohort: Sequence[Assignment]
@@ -31,6 +33,8 @@ class Attempt:
     losses: list[tuple[float, int]] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     verified: int = 0
+    sitting_out: Mapping[str, str] = field(default_factory=dict)
+    untaught: Sequence[str] = ()
 
     @property
     def complete(self) -> bool:
@@ -48,9 +52,11 @@ class RoundRecord:
         covered_fraction: share of the trained tensors' coordinates that some client trained.
         delta_norm: L2 norm of the folded change.
         truncated: directions of badly conditioned kernel transforms left out, by tensor.
-        bytes_down, bytes_up: payloads and deltas of all attempts, refused ones included.
+        bytes_down, bytes_up: payloads and answers of all attempts and of calibration, refused ones included.
         wall_seconds: of the round.
         scores: named subnets on the global test set, where evaluated.
+        phase: of the shrinking schedule; "" without one.
+        calibration_failures: client id -> why its statistics do not count.
     """
 
     round: int
@@ -62,6 +68,8 @@ class RoundRecord:
     bytes_up: int = 0
     wall_seconds: float = 0.0
     scores: Mapping[str, Score] = field(default_factory=dict)
+    phase: str = ""
+    calibration_failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def current(self) -> Attempt:
@@ -121,9 +129,13 @@ class RoundRecord:
                     "plan": item.fit.plan.name,
                     "recompute": bool(item.fit.plan.recompute),
                     "num_examples": item.client.num_train,
+                    "teacher": item.teacher.digest() if item.teacher else None,
                 }
                 for item in self.cohort
             ],
+            "phase": self.phase or None,
+            "sitting_out": dict(self.current.sitting_out),
+            "untaught": list(self.current.untaught),
             "quorum": self.current.quorum,
             "folded": self.folded,
             "failures": [{"attempt": number, "client": name, "reason": why} for number, name, why in self.failures],
@@ -133,6 +145,7 @@ class RoundRecord:
             "truncated": dict(self.truncated),
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
+            "calibration_failures": dict(self.calibration_failures),
             "wall_seconds": self.wall_seconds,
             "scores": {name: asdict(score) for name, score in self.scores.items()} or None,
         }

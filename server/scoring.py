@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from fedofa.data.federation import Examples
-from fedofa.evaluation.calibration import calibrate
+from fedofa.evaluation.calibration import CALIBRATION_BATCH, apply_sums, calibrate
 from fedofa.evaluation.metrics import Score, evaluate
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
+from fedofa.types.statistics import StatisticSums
 
-_CALIBRATION_BATCH = 100
+SumsOf = Mapping[SubnetConfig, StatisticSums]
+"""The clients' statistics, by subnet."""
 
 
 class Scorer:
@@ -26,12 +28,19 @@ class Scorer:
     Args:
         supernet: for the structure.
         test: the global test set.
-        calibration: the server's calibration set; empty where no subnet has batch norm.
+        calibration: the server's calibration set; empty where no subnet has batch norm, or clients calibrate.
         normalisation: per-channel "mean" and "std" of pixels in [0, 1].
+        by_clients: whether statistics come from clients (see `server.calibration`) and are given to every call.
     """
 
     def __init__(
-        self, supernet: Supernet, test: Examples, calibration: Examples, normalisation: Mapping[str, list[float]]
+        self,
+        supernet: Supernet,
+        test: Examples,
+        calibration: Examples,
+        normalisation: Mapping[str, list[float]],
+        *,
+        by_clients: bool = False,
     ) -> None:
         self.supernet = supernet
         self.test = test
@@ -39,15 +48,19 @@ class Scorer:
         self.normalisation = normalisation
         statistics = [item for item in supernet.slice_map(supernet.space.largest()) if item.role == "statistic"]
         self.calibrates = bool(statistics)
-        if self.calibrates and not len(calibration.labels):
+        self.by_clients = by_clients and self.calibrates
+        if self.calibrates and not by_clients and not len(calibration.labels):
             raise ConfigError(
                 "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
-                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples)"
+                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples), here or on the "
+                "clients (evaluation.calibration=clients)"
             )
 
-    def score(self, state: SharedState, subnets: Mapping[str, SubnetConfig]) -> dict[str, Score]:
+    def score(
+        self, state: SharedState, subnets: Mapping[str, SubnetConfig], sums: SumsOf | None = None
+    ) -> dict[str, Score]:
         """Score named subnets of a state, calibrated; equal subnets are scored once."""
-        return self._score(subnets, lambda subnet: self.build(state, subnet))
+        return self._score(subnets, lambda subnet: self.build(state, subnet, sums))
 
     def score_uncalibrated(self, state: SharedState, subnets: Mapping[str, SubnetConfig]) -> dict[str, Score]:
         """The same with the statistics that the state holds: what a subnet without calibration would reach."""
@@ -63,19 +76,38 @@ class Scorer:
                 by_subnet[subnet] = evaluate(module_of(subnet), inputs, torch.from_numpy(self.test.labels))
         return {name: by_subnet[subnet] for name, subnet in subnets.items()}
 
-    def build(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
-        """The subnet as an ordinary module, its batch-norm statistics calibrated."""
+    def build(self, state: SharedState, subnet: SubnetConfig, sums: SumsOf | None = None) -> nn.Module:
+        """The subnet as an ordinary module, its batch-norm statistics calibrated.
+
+        Args:
+            sums: the clients' statistics, by subnet; needed where clients calibrate.
+        """
         module = self._cut(state, subnet)
-        if self.calibrates:
-            calibrate(module, self._inputs(self.calibration, subnet).split(_CALIBRATION_BATCH))
+        if self.by_clients:
+            apply_sums(module, (sums or {})[subnet])
+        elif self.calibrates:
+            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
         return module
 
     def _cut(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
         return self.supernet.build(subnet, state.tensors)
 
-    def calibrated_tensors(self, state: SharedState, subnet: SubnetConfig) -> dict[str, np.ndarray]:
+    def calibrated_tensors(
+        self, state: SharedState, subnet: SubnetConfig, sums: SumsOf | None = None
+    ) -> dict[str, np.ndarray]:
         """The subnet's tensors with calibrated statistics: what clients need that train with frozen ones."""
-        return {name: tensor.numpy() for name, tensor in self.build(state, subnet).state_dict().items()}
+        return {name: tensor.numpy() for name, tensor in self.build(state, subnet, sums).state_dict().items()}
+
+    def loss_on_own(self, state: SharedState, subnet: SubnetConfig) -> float:
+        """Mean cross-entropy of the subnet on the server's calibration examples, calibrated with them."""
+        module = self._cut(state, subnet)
+        if self.calibrates:
+            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
+        return evaluate(module, self._inputs(self.calibration, subnet), torch.from_numpy(self.calibration.labels)).loss
+
+    def input_shape(self, subnet: SubnetConfig) -> tuple[int, ...]:
+        """Shape of one example as the subnet takes it, `(1, channels, height, width)`."""
+        return tuple(self._inputs(Examples(self.test.images[:1], self.test.labels[:1]), subnet).shape)
 
     def _inputs(self, examples: Examples, subnet: SubnetConfig) -> torch.Tensor:
         mean, std = self.normalisation["mean"], self.normalisation["std"]

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from conf.compose import encode_conf
-from conf.schema import ShrinkConf, ShrinkingConf
+from conf.schema import ShrinkConf
 from fedofa.data.federation import Examples, FederatedData, load_federation
 from fedofa.data.partition import PartitionSpec
 from fedofa.evaluation.metrics import Score
 from fedofa.report.shrinking import plot_shrinking
 from fedofa.shrinking.central import CentralShrinking, CentralTraining, ShrinkStep
-from fedofa.shrinking.schedule import ShrinkSchedule, TeacherLoss
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -29,10 +28,10 @@ from server.outputs import exclusive, set_aside, subnet_row, versions
 from server.progress import StepProgress, say
 from server.resources import Stopwatch
 from server.rounds import RoundLog
+from server.schedules import build_schedule
 from server.scoring import Scorer
 from server.weights import start_from, write_supernet
 
-_SCHEDULES = ("progressive", "sandwich", "attentive", "phases")
 _WATCHED, _CALIBRATION = 11, 12
 """Tell the random numbers of the watched subnets and of the calibration set from those of the training."""
 _MAY_CHANGE = ("resume", "resume_step", "output_dir", "checkpoint_every", "num_watched", "calibration_examples")
@@ -89,34 +88,6 @@ def run_shrinking(conf: ShrinkConf) -> None:
         _write_outputs(run, watched, before, totals, output_dir)
 
 
-def build_schedule(conf: ShrinkingConf, space: SearchSpace) -> ShrinkSchedule:
-    """The schedule that the settings name.
-
-    Raises:
-        ConfigError: for an unknown one, or settings out of range.
-    """
-    if conf.schedule not in _SCHEDULES:
-        raise ConfigError(f"shrinking.schedule: expected one of {list(_SCHEDULES)}, found {conf.schedule!r}")
-    loss = TeacherLoss(**{item.name: getattr(conf.teacher_loss, item.name) for item in fields(TeacherLoss)})
-    match conf.schedule:
-        case "progressive":
-            return ShrinkSchedule.progressive(space, conf.steps, loss)
-        case "sandwich":
-            return ShrinkSchedule.sandwich(space, conf.steps, num_random=conf.num_random, loss=loss)
-        case "attentive":
-            return ShrinkSchedule.attentive(
-                space,
-                conf.steps,
-                num_random=conf.num_random,
-                candidates=conf.candidates,
-                prefer=conf.prefer,
-                macs_targets=conf.macs_targets,
-                loss=loss,
-            )
-        case _:
-            return ShrinkSchedule.from_json({"phases": conf.phases})
-
-
 def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     """The parts of a run, with the weights that it starts from; writes nothing."""
     _check(conf)
@@ -125,7 +96,7 @@ def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     data = _load_data(conf)
     images, train = data.image_set, data.client(0).train
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
-    schedule = build_schedule(conf.shrinking, supernet.space)
+    schedule = build_schedule(conf.shrinking, supernet.space, conf.shrinking.steps or 0)
     if conf.supernet_weights:
         say(start_from(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -19,24 +19,27 @@ from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import ServerOptimiser
 from fedofa.evaluation.metrics import Score
 from fedofa.finetune.trainer import LocalTraining
-from fedofa.search.fit import Fit, capacity
+from fedofa.search.fit import capacity
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import CheckpointError, DeltaError, FoldError, QuorumError, WireError
+from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
-from fedofa.update.exchange import ClientTask, decode_delta, encode_task
+from fedofa.update.exchange import ClientTask, Teaching, decode_delta, encode_task
 from fedofa.update.verification import Expectation, verify_delta
+from server.calibration import FleetCalibration
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
 from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
 from server.introductions import enrolled
+from server.phases import Cohort, FederatedShrinking
 from server.planning import Planner
 from server.resources import Stopwatch
 from server.rounds import Attempt, RoundLog, RoundRecord
-from server.scoring import Scorer
+from server.scoring import Scorer, SumsOf
 from server.stream import await_nodes, stream_replies
 
-_COHORT_STREAM = 2
-"""Tells the cohort's random numbers from others that are drawn from the same seed."""
+_COHORT_STREAM, _CALIBRATION_STREAM = 2, 4
+"""Tell the random numbers of the cohort and of the clients that calibrate from others drawn from the same seed."""
 
 _MAX_LOSS = 1e6
 _FINAL_RATE = 0.01
@@ -92,6 +95,7 @@ class FedOFA(Strategy):
         checkpoints, log: where the run is kept.
         run: what identifies the run; a checkpoint of another run is refused.
         observers: told of the plan and of every round.
+        shrinking: decides instead of the planner, by a schedule; None for ordinary fine-tuning.
     """
 
     supernet: Supernet
@@ -104,12 +108,15 @@ class FedOFA(Strategy):
     log: RoundLog
     run: Mapping[str, Any]
     observers: list[Observer] = field(default_factory=list)
+    shrinking: FederatedShrinking | None = None
 
     plan: FleetPlan = field(init=False)
     totals: Totals = field(init=False, default_factory=Totals)
     done: int = field(init=False, default=0)
     fleet: str = field(init=False, default="")  # digest of the clients that take part
     scores: dict[str, Score] = field(init=False, default_factory=dict)
+    _sums: SumsOf = field(init=False, default_factory=dict)  # clients' statistics of what is calibrated next
+    _teachers: dict[SubnetConfig, Mapping[str, np.ndarray]] = field(init=False, default_factory=dict)
     _restored: Checkpoint | None = field(init=False, default=None)
     _is_prepared: bool = field(init=False, default=False)
 
@@ -138,7 +145,7 @@ class FedOFA(Strategy):
             watch = Stopwatch()
             metrics = self._run_round(server_round, grid)
             if server_round % self.settings.evaluate_every == 0 or server_round == num_rounds:
-                self._record.scores = self.scores = self.scorer.score(self.state, self.subnets())
+                self._record.scores = self.scores = self._score(grid, self._record)
                 result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
             self._finish_round(grid, watch)
             result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
@@ -146,17 +153,19 @@ class FedOFA(Strategy):
             if lost == self.settings.max_lost_rounds:
                 raise QuorumError(self._record.lament(lost))
         if not self.scores:  # a run that was complete when it was resumed
-            self.scores = self.scorer.score(self.state, self.subnets())
+            self.scores = self._score(grid, RoundRecord(self.done))
         return result
 
     def prepare(self, grid: Grid) -> None:
         """Enrol the clients and plan for them; until that has succeeded, nothing of an earlier run is touched.
 
         Raises:
-            ConfigError: nobody joined, or nobody can train anything.
+            ConfigError: nobody joined, or nobody can train anything (in some phase of the schedule).
             CheckpointError: the fleet is not the checkpoint's, or the diary is shorter than then.
         """
         self.plan = self.planner.plan(*self.enrol(grid), uniform=self.settings.uniform)
+        if self.shrinking is not None:
+            self.shrinking.plan([item.client for item in self.plan.assignments.values()])
         self._check_fleet()
         if self._restored is not None:
             self.log.cut(self._restored.log_bytes)
@@ -212,44 +221,93 @@ class FedOFA(Strategy):
         """
         failed, repeats = {name for _, name, _ in self._record.failures}, len(self._record.attempts)
         entropy = [self.settings.seed, _COHORT_STREAM, server_round, *([repeats] if repeats else [])]
-        smallest = None if self.settings.uniform else partial(self.planner.fit_of, self.supernet.space.smallest())
-        plan = self.plan.without(failed)
-        cohort = draw_cohort(plan, self.settings.clients_per_round, smallest, np.random.default_rng(entropy))
-        quorum = max(1, math.ceil(round(self.settings.quorum_fraction * len(cohort), 9)))
-        self._record.attempts.append(Attempt(cohort, quorum))
-        self._cohort = {item.client.node_id: item for item in cohort}
-        return self._messages(server_round, cohort)
+        drawn = self._draw(server_round, failed, np.random.default_rng(entropy))
+        quorum = max(1, math.ceil(round(self.settings.quorum_fraction * len(drawn.members), 9)))
+        attempt = Attempt(drawn.members, quorum, sitting_out=drawn.sitting_out, untaught=drawn.untaught)
+        self._record.attempts.append(attempt)
+        self._cohort = {item.client.node_id: item for item in drawn.members}
+        self._calibrate(server_round, drawn.members, grid)
+        return self._messages(server_round, drawn.members)
 
-    def _messages(self, server_round: int, cohort: list[Assignment]) -> Iterator[Message]:
+    def _draw(self, server_round: int, failed: set[str], rng: np.random.Generator) -> Cohort:
+        """Who trains what: by the devices, or by the schedule and the devices."""
+        if self.shrinking is not None:
+            self._record.phase = self.shrinking.phase_of(server_round).name
+            self.state = self.shrinking.with_teacher(server_round, self.state)
+            return self.shrinking.cohort(server_round, self.state, failed, self.settings.clients_per_round, rng)
+        smallest = None if self.settings.uniform else partial(self.planner.fit_of, self.supernet.space.smallest())
+        members = draw_cohort(self.plan.without(failed), self.settings.clients_per_round, smallest, rng)
+        return Cohort(members, {}, ())
+
+    def _calibrate(self, server_round: int, members: Iterable[Assignment], grid: Grid) -> None:
+        """Prepare the statistics and the teachers that the round's payloads carry."""
+        frozen = {item.fit.subnet: None for item in members if item.fit.plan.statistics == "frozen"}
+        self._sums = self._statistics(grid, self.state, frozen, self._record)
+        self._teachers = {}
+        teachers = {item.teacher: None for item in members if item.teacher is not None}
+        if self.shrinking is not None and teachers:
+            state = self.shrinking.teacher_state(server_round, self.state)
+            sums = self._statistics(grid, state, teachers, self._record)
+            self._teachers = {teacher: self.scorer.calibrated_tensors(state, teacher, sums) for teacher in teachers}
+
+    def _statistics(
+        self, grid: Grid, state: SharedState, subnets: Iterable[SubnetConfig], record: RoundRecord
+    ) -> SumsOf:
+        """The clients' statistics of subnets of a state; none where the server calibrates."""
+        if not self.scorer.by_clients:
+            return {}
+        rng = np.random.default_rng([self.settings.seed, _CALIBRATION_STREAM, record.round])
+        cohort = draw_cohort(self.plan, self.settings.clients_per_round, None, rng)
+        calibration = FleetCalibration(self.scorer, self.planner, self._plain_payload)
+        clients = [item.client for item in cohort]
+        return calibration.sums(partial(self._exchange, grid), record.round, state, subnets, clients, record)
+
+    def _messages(self, server_round: int, cohort: Sequence[Assignment]) -> Iterator[Message]:
         """By payload, the largest subnets first: one payload at a time, and what takes longest is not begun last."""
         for _, items in itertools.groupby(sorted(cohort, key=_payload_order), key=_payload_order):
             sharers = list(items)
-            payload = self._payload(server_round, sharers[0].fit)
+            payload = self._payload(server_round, sharers[0])
             for item in sharers:
                 self._record.bytes_down += len(payload)
                 content = packed_content(payload)
                 yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
 
-    def _payload(self, server_round: int, fit: Fit) -> bytes:
-        task = ClientTask(
+    def _payload(self, server_round: int, item: Assignment) -> bytes:
+        """The task of everybody who trains that subnet under that plan and teacher."""
+        fit = item.fit
+        slices = self.supernet.slice_map(fit.subnet, fit.plan.parametrised)
+        tensors = slices.extract(self.state.tensors)
+        if fit.plan.statistics == "frozen":
+            calibrated = self.scorer.calibrated_tensors(self.state, fit.subnet, self._sums)
+            tensors |= {item.name: calibrated[item.name] for item in slices if item.role == "statistic"}
+        return _encoded(self._task(server_round, fit.subnet, fit.plan, self._teaching(server_round, item)), tensors)
+
+    def _plain_payload(self, server_round: int, state: SharedState, subnet: SubnetConfig) -> bytes:
+        """A subnet that is looked at and not trained."""
+        task = self._task(server_round, subnet, FineTunePlan("none", ()))
+        return _encoded(task, self.supernet.slice_map(subnet).extract(state.tensors))
+
+    def _task(
+        self, server_round: int, subnet: SubnetConfig, plan: FineTunePlan, teaching: Teaching | None = None
+    ) -> ClientTask:
+        return ClientTask(
             round=server_round,
             version=self.state.version,
-            subnet=fit.subnet,
-            plan=fit.plan,
+            subnet=subnet,
+            plan=plan,
             supernet=self.supernet.description(),
             training=asdict(self._training(server_round)),
             normalisation=self.scorer.normalisation,
             seed=self.settings.seed,
             float_dtype=self.settings.float_dtype,
+            teaching=teaching,
         )
-        if fit.plan.statistics == "frozen":
-            tensors = self.scorer.calibrated_tensors(self.state, fit.subnet)
-        else:
-            tensors = self.supernet.slice_map(fit.subnet).extract(self.state.tensors)
-        try:
-            return encode_task(task, tensors)
-        except WireError:  # a weight is out of half precision's range: this payload travels whole
-            return encode_task(replace(task, float_dtype="float32"), tensors)
+
+    def _teaching(self, server_round: int, item: Assignment) -> Teaching | None:
+        if self.shrinking is None or item.teacher is None:
+            return None
+        phase, tensors = self.shrinking.phase_of(server_round), self._teachers[item.teacher]
+        return Teaching(item.teacher, tensors, asdict(phase.loss), phase.label_weight, phase.teacher_weight)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -291,7 +349,7 @@ class FedOFA(Strategy):
             subnet=item.fit.subnet,
             plan=item.fit.plan,
             num_examples=item.client.num_train,
-            slice_map=self.supernet.slice_map(item.fit.subnet),
+            slice_map=self.supernet.slice_map(item.fit.subnet, item.fit.plan.parametrised),
         )
         verify_delta(delta, expected)
         sums.add(delta)
@@ -330,16 +388,19 @@ class FedOFA(Strategy):
         everybody = [item for item in self.plan.assignments.values() if item.client.num_test]
         self._cohort = {item.client.node_id: item for item in everybody}
         payloads: dict[SubnetConfig, bytes] = {}
+        subnets = dict.fromkeys(item.fit.subnet for item in everybody)
+        self._sums = self._statistics(grid, self.state, subnets, RoundRecord(server_round))
         for item in sorted(everybody, key=lambda item: item.fit.subnet.choices):
             if item.fit.subnet not in payloads:
-                payloads = {item.fit.subnet: self._payload(server_round, self._scored(item.fit))}
+                payloads = {item.fit.subnet: self._payload(server_round, self._scored(item))}
             content = packed_content(payloads[item.fit.subnet])
             yield Message(content, item.client.node_id, MessageType.EVALUATE, group_id=str(server_round))
 
     @staticmethod
-    def _scored(fit: Fit) -> Fit:
-        """A fit for scoring only: statistics must be the calibrated ones."""
-        return replace(fit, plan=replace(fit.plan, statistics="frozen"))
+    def _scored(item: Assignment) -> Assignment:
+        """An assignment for scoring only: statistics must be the calibrated ones."""
+        fit = item.fit
+        return replace(item, fit=replace(fit, plan=replace(fit.plan, statistics="frozen")))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Accuracy on the clients' own test examples by device class, weighted by examples."""
@@ -380,9 +441,20 @@ class FedOFA(Strategy):
         own = {name: fit.subnet for name, (fit, _) in self.plan.classes().items()}
         return {"largest": space.largest(), "smallest": space.smallest(), **own}
 
+    def _score(self, grid: Grid, record: RoundRecord) -> dict[str, Score]:
+        """The watched subnets, calibrated with the server's or the clients' images."""
+        watched = self.subnets()
+        sums = self._statistics(grid, self.state, watched.values(), record)
+        return self.scorer.score(self.state, watched, sums)
+
     def _training(self, server_round: int) -> LocalTraining:
-        """The recipe of a round: the learning rate falls along a half cosine to a hundredth of its first value."""
+        """The recipe of a round: the learning rate falls along a half cosine to a hundredth of its first value.
+
+        With a schedule it is the schedule's.
+        """
         training = self.planner.training
+        if self.shrinking is not None and server_round > 0:
+            return replace(training, learning_rate=training.learning_rate * self.shrinking.rate(server_round))
         if not self.settings.decay_rounds:
             return training
         done = min(1.0, (server_round - 1) / max(1, self.settings.decay_rounds - 1))
@@ -390,9 +462,17 @@ class FedOFA(Strategy):
         return replace(training, learning_rate=training.learning_rate * factor)
 
 
-def _payload_order(item: Assignment) -> tuple[float, Any, str]:
+def _payload_order(item: Assignment) -> tuple[float, Any, str, Any]:
     """Equal for those who get the same payload; the largest subnets come first."""
-    return -capacity(item.fit.cost), item.fit.subnet.choices, item.fit.plan.digest()
+    teacher = item.teacher.choices if item.teacher is not None else ()
+    return -capacity(item.fit.cost), item.fit.subnet.choices, item.fit.plan.digest(), teacher
+
+
+def _encoded(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
+    try:
+        return encode_task(task, tensors)
+    except WireError:  # a weight is out of half precision's range: this payload travels whole
+        return encode_task(replace(task, float_dtype="float32"), tensors)
 
 
 def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:

@@ -48,10 +48,10 @@ class FoldSums:
     """Streaming sums of verified deltas; add each as it comes, drop it, and finish once.
 
     Args:
-        slice_map: gives the slice map of a subnet, for the state that the deltas belong to.
+        slice_map: gives the slice map of a subnet, plain or parametrised, for the state that the deltas belong to.
     """
 
-    slice_map: Callable[[SubnetConfig], SliceMap]
+    slice_map: Callable[[SubnetConfig, bool], SliceMap]
     sums: dict[str, TensorSums] = field(default_factory=dict)
     transforms: dict[str, dict[str, KernelTransform]] = field(default_factory=dict)
     num_deltas: int = 0
@@ -64,7 +64,7 @@ class FoldSums:
             FoldError: when it could overflow the fixed-point sums.
         """
         self._check_capacity(1)
-        slices = self.slice_map(delta.subnet)
+        slices = self.slice_map(delta.subnet, delta.parametrised)
         slices.accumulate(self.sums, delta.weights, delta.num_examples)
         for name in delta.weights:
             item = slices[name]
@@ -123,7 +123,8 @@ def solve_kernels(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The minimum-norm least-squares change of an elastic depthwise kernel.
 
-    Channels with the same example counts a kernel size share one pseudo-inverse.
+    Channels with the same example counts a kernel size share one pseudo-inverse. A parametrised delta is plain, but
+    covers the centre of the kernel only.
 
     Args:
         sums: views "weight" `(channels, 1, k, k)` and one a small size `(channels, size^2)`.
@@ -143,18 +144,23 @@ def solve_kernels(
         else:
             blocks[view], missing = truncate(operators[view])
             lost += missing
-        counts = sums.counts[view].reshape(len(sums.counts[view]), -1)[:, :1]
-        spread[view] = np.broadcast_to(counts, (channels, 1))[:, 0]
+        counts = sums.counts[view].reshape(len(sums.counts[view]), -1)
+        spread[view] = np.broadcast_to(counts, (channels, counts.shape[1]))
     means = {view: sums.mean(view).reshape(channels, -1) for view in views}
     change, covered = np.zeros((channels, numel)), np.zeros((channels, numel), bool)
-    patterns, members = np.unique(np.stack([spread[view] for view in views], axis=1), axis=0, return_inverse=True)
+    ends = np.cumsum([spread[view].shape[1] for view in views])[:-1]
+    patterns, members = np.unique(np.concatenate([spread[view] for view in views], 1), axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
-        used = [(view, float(count)) for view, count in zip(views, pattern, strict=True) if count > 0]
+        used = []
+        for view, count in zip(views, np.split(pattern, ends), strict=True):
+            counts = np.broadcast_to(count, len(blocks[view]))
+            if (seen := np.flatnonzero(counts)).size:
+                used.append((view, seen, np.sqrt(counts[seen].astype(np.float64))))
         if not used:
             continue
         rows = np.flatnonzero(members.ravel() == number)
-        stacked = np.concatenate([np.sqrt(count) * blocks[view] for view, count in used])
-        target = np.concatenate([np.sqrt(count) * means[view][rows] for view, count in used], axis=1)
+        stacked = np.concatenate([root[:, None] * blocks[view][seen] for view, seen, root in used])
+        target = np.concatenate([root * means[view][np.ix_(rows, seen)] for view, seen, root in used], axis=1)
         change[rows] = target @ np.linalg.pinv(stacked, rcond=_RANK_TOLERANCE).T
         covered[rows] = np.abs(stacked).max(axis=0) > 0
     return change.reshape(shape), covered.reshape(shape), lost

@@ -76,9 +76,19 @@ class CostModel(ABC):
 
     @abstractmethod
     def cost(
-        self, blocks: Sequence[BlockCost], plan: FineTunePlan, profile: DeviceProfile, work: LocalWork
+        self,
+        blocks: Sequence[BlockCost],
+        plan: FineTunePlan,
+        profile: DeviceProfile,
+        work: LocalWork,
+        teacher: Sequence[BlockCost] = (),
     ) -> RoundCost:
-        """The cost of one round; `blocks` are the subnet's, in forward order."""
+        """The cost of one round.
+
+        Args:
+            blocks: the subnet's, in forward order.
+            teacher: those of a frozen subnet that is sent along and sees every example once, before training.
+        """
 
 
 @final
@@ -86,23 +96,34 @@ class AnalyticCostModel(CostModel):
     """Counts from the blocks' shapes: stock autograd's saved bytes, three passes of MACs, bytes over link rates."""
 
     def cost(
-        self, blocks: Sequence[BlockCost], plan: FineTunePlan, profile: DeviceProfile, work: LocalWork
+        self,
+        blocks: Sequence[BlockCost],
+        plan: FineTunePlan,
+        profile: DeviceProfile,
+        work: LocalWork,
+        teacher: Sequence[BlockCost] = (),
     ) -> RoundCost:
         names = set(plan.trainable)
         trained = sum(item.numel for block in blocks for item in block.parameters if item.name in names)
         parameters = sum(block.num_parameters for block in blocks)
         macs = sum(block.macs for block in blocks)
         statistics = sum(block.num_statistics for block in blocks)
-        download, upload = (parameters + statistics) * work.wire_bytes, trained * work.wire_bytes
-        passes = macs + self._backward_macs(blocks, names, plan)
+        taught = sum(block.num_parameters + block.num_statistics for block in teacher)
+        download, upload = (parameters + statistics + taught) * work.wire_bytes, trained * work.wire_bytes
+        passes = (macs + self._backward_macs(blocks, names, plan)) * work.num_samples
+        passes += sum(block.macs for block in teacher) * work.num_examples
+        training_bytes = self._training_bytes(blocks, names, plan, work, parameters, trained)
+        if teacher:  # its tensors as they came and its logits stay while the subnet trains
+            training_bytes += _BYTES * (taught + work.num_examples * teacher[-1].output_elements)
+            training_bytes = max(training_bytes, forward_bytes(teacher, work, beside=parameters))
         return RoundCost(
             macs=macs,
             num_parameters=parameters,
-            training_bytes=self._training_bytes(blocks, names, plan, work, parameters, trained),
+            training_bytes=training_bytes,
             download_bytes=download,
             upload_bytes=upload,
             download_seconds=download / profile.downlink_bytes_per_second,
-            compute_seconds=passes * work.num_samples / profile.macs_per_second,
+            compute_seconds=passes / profile.macs_per_second,
             upload_seconds=upload / profile.uplink_bytes_per_second,
         )
 
@@ -132,6 +153,21 @@ class AnalyticCostModel(CostModel):
             (block.saved_elements - block.input_elements for block in backward if block.name in again), default=0
         )
         temporary = 2 * max(block.widest_elements for block in blocks)
-        values = 2 * parameters + trained * (1 + work.optimiser_slots)
+        composed = 2 * sum(block.step_elements for block in blocks)  # with their gradients
+        values = 2 * parameters + composed + trained * (1 + work.optimiser_slots)
         batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
         return _BYTES * (values + batch * (kept + temporary) + work.num_examples * blocks[0].input_elements)
+
+
+def forward_bytes(blocks: Sequence[BlockCost], work: LocalWork, *, beside: int = 0) -> int:
+    """Peak memory of a forward pass over all examples without gradients, above the engine's floor.
+
+    Weights, the received copy, inputs, the widest temporary of a batch and the logits.
+
+    Args:
+        beside: values that are in memory at the same time.
+    """
+    values = 2 * sum(block.num_parameters + block.num_statistics for block in blocks) + beside
+    temporary = 2 * max(block.widest_elements for block in blocks) * min(work.batch_size + 1, work.num_examples)
+    own = blocks[0].input_elements + blocks[-1].output_elements
+    return _BYTES * (values + temporary + work.num_examples * own)

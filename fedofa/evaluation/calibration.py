@@ -5,8 +5,7 @@ They travel as sums: what several parts of a stream give adds up to what the who
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,32 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedofa.types.errors import DatasetError, SpaceError
+from fedofa.types.statistics import ChannelSums, StatisticSums
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ChannelSums:
-    """What one norm has seen: values a channel, and their sum and sum of squares per channel, float64 `(channels,)`."""
-
-    count: int
-    total: np.ndarray
-    squares: np.ndarray
-
-    def __add__(self, other: ChannelSums) -> ChannelSums:
-        return ChannelSums(self.count + other.count, self.total + other.total, self.squares + other.squares)
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean per channel, float64."""
-        return self.total / self.count
-
-    @property
-    def variance(self) -> np.ndarray:
-        """The population's variance per channel, float64."""
-        return np.maximum(self.squares / self.count - self.mean**2, 0.0)
-
-
-StatisticSums = Mapping[str, ChannelSums]
-"""By the norm's name in the module; empty for a module without batch norm."""
+CALIBRATION_BATCH = 100
+"""Examples that pass through a subnet together while it is observed."""
 
 
 class _Observer:

@@ -15,7 +15,12 @@ _LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
 
 
 def build_plan(
-    name: str, blocks: Sequence[BlockCost], *, recompute: bool = False, statistics: str = "batch"
+    name: str,
+    blocks: Sequence[BlockCost],
+    *,
+    recompute: bool = False,
+    statistics: str = "batch",
+    parametrised: bool = False,
 ) -> FineTunePlan:
     """The plan of that name for one subnet.
 
@@ -26,6 +31,7 @@ def build_plan(
         blocks: the subnet's blocks, in forward order.
         recompute: checkpoint every elastic block that lies in the backward pass: keep its input only.
         statistics: batch norm's mode, "batch" or "frozen".
+        parametrised: whether the blocks are those of the parametrised subnet.
 
     Raises:
         ConfigError: for an unknown plan.
@@ -37,7 +43,7 @@ def build_plan(
     checkpointed = ()
     if recompute:
         checkpointed = tuple(block.name for block in in_backward(blocks, trainable) if is_elastic(block))
-    return FineTunePlan(name, ordered, checkpointed, statistics)
+    return FineTunePlan(name, ordered, checkpointed, statistics, parametrised)
 
 
 def is_elastic(block: BlockCost) -> bool:

@@ -18,6 +18,9 @@ from fedofa.types.plan import FineTunePlan
 
 OPTIMISERS = ("sgd", "adamw")
 
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""From a batch's logits `(batch, num_classes)` and the indices of its examples `(batch,)` to the loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
@@ -66,7 +69,7 @@ class LocalTraining:
 
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps on that many examples."""
-        return self.max_steps or self.epochs * len(list(_batch_bounds(num_examples, self.batch_size)))
+        return self.max_steps or self.epochs * len(list(batch_bounds(num_examples, self.batch_size)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ def fine_tune(
     labels: Tensor,
     training: LocalTraining,
     generator: torch.Generator,
+    objective: Objective | None = None,
 ) -> FineTuneResult:
     """Train the model in place as the plan says.
 
@@ -97,10 +101,12 @@ def fine_tune(
         labels: `(num_examples,)`, int64.
         training: the recipe.
         generator: draws the batches' order. Dropout draws from torch's default generator, which the caller seeds.
+        objective: what is minimised; by default the cross-entropy of `label_objective`.
     """
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
     losses = []
+    objective = objective or label_objective(labels, training.label_smoothing)
     inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
     with planned(model, plan) as parameters:
         optimiser = _build_optimiser(parameters, training)
@@ -109,7 +115,7 @@ def fine_tune(
             for parameter in parameters:
                 parameter.grad = None
             logits = model(shifted(inputs[batch], training.max_shift, generator))
-            loss = functional.cross_entropy(logits, labels[batch], label_smoothing=training.label_smoothing)
+            loss = objective(logits, batch)
             loss.backward()
             _add_proximal_gradient(parameters, anchors, training.proximal_mu)
             if training.max_gradient_norm:
@@ -121,6 +127,11 @@ def fine_tune(
         for name, parameter in zip(plan.trainable, parameters, strict=True)
     }
     return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()))
+
+
+def label_objective(labels: Tensor, label_smoothing: float) -> Objective:
+    """Mean cross-entropy against the labels `(num_examples,)`."""
+    return lambda logits, batch: functional.cross_entropy(logits, labels[batch], label_smoothing=label_smoothing)
 
 
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
@@ -160,13 +171,13 @@ def _batches(num_examples: int, training: LocalTraining, generator: torch.Genera
     left = training.num_steps(num_examples)
     while left:
         order = torch.randperm(num_examples, generator=generator)
-        for start, end in _batch_bounds(num_examples, training.batch_size):
+        for start, end in batch_bounds(num_examples, training.batch_size):
             if left:
                 left -= 1
                 yield order[start:end]
 
 
-def _batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
+def batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
     """Bounds of the batches; a last batch of one joins the one before it, since batch norm cannot train on one."""
     starts = list(range(0, num_examples, batch_size))
     if len(starts) > 1 and num_examples - starts[-1] == 1:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedofa.shrinking.schedule import ShrinkPhase
 from fedofa.types.errors import ConfigError, InfeasibilityError
-from fedofa.types.space import INACTIVE, SearchSpace, SubnetConfig
+from fedofa.types.space import INACTIVE, Axis, SearchSpace, SubnetConfig
 
 MacsOf = Callable[[SubnetConfig], float]
 """Multiply-accumulates of a subnet for one example."""
@@ -37,16 +37,31 @@ class PhaseSampler:
         self.space = space
         self.phase = phase
         self._allowed = _restricted(space, phase.elastic)
-        self._macs = lru_cache(maxsize=4096)(lambda inner: macs_of(self._outer(inner)))
+        self._macs = lru_cache(maxsize=4096)(lambda inner: macs_of(self.outer(inner)))
         self._check_targets()
 
     def largest(self) -> SubnetConfig:
         """The largest subnet that the phase allows."""
-        return self._outer(self._allowed.largest())
+        return self.outer(self._allowed.largest())
 
     def smallest(self) -> SubnetConfig:
         """The smallest one."""
-        return self._outer(self._allowed.smallest())
+        return self.outer(self._allowed.smallest())
+
+    def below(self, subnet: SubnetConfig) -> SearchSpace:
+        """What the phase allows and is at no position larger than `subnet`, itself one that the phase allows.
+
+        Its configurations count the phase's values; `outer` makes them configurations of the whole space.
+        """
+        axes = []
+        for axis in self._allowed.axes:
+            values = self.space.values(subnet, axis.name)
+            stops = [
+                axis.indices(position).start + 1 if value is None else axis.values.index(value) + 1
+                for position, value in enumerate(values)
+            ]
+            axes.append(replace(axis, limits=tuple(stops)))
+        return SearchSpace(self.space.family, axes)
 
     def draw(self, rng: np.random.Generator, score_of: ScoreOf | None = None) -> tuple[SubnetConfig, ...]:
         """The distinct subnets of one step; with the sandwich or an in-place teacher the largest comes first.
@@ -67,9 +82,9 @@ class PhaseSampler:
     def _draw_one(self, rng: np.random.Generator, score_of: ScoreOf | None) -> SubnetConfig:
         phase, uniform = self.phase, self._allowed.sample(rng)
         if phase.candidates == 1 and not phase.macs_targets:
-            return self._outer(uniform)
+            return self.outer(uniform)
         target = rng.choice(phase.macs_targets) if phase.macs_targets else self._macs(uniform)
-        candidates = [self._outer(self._near(target, rng)) for _ in range(phase.candidates)]
+        candidates = [self.outer(self._near(target, rng)) for _ in range(phase.candidates)]
         if phase.candidates == 1 or score_of is None:
             return candidates[0]
         scores = [score_of(candidate) for candidate in candidates]
@@ -104,7 +119,7 @@ class PhaseSampler:
                     f"{self.smallest().digest()}, has {low:,.0f} and the largest {high:,.0f}; ask for MACs in between"
                 )
 
-    def _outer(self, inner: SubnetConfig) -> SubnetConfig:
+    def outer(self, inner: SubnetConfig) -> SubnetConfig:
         """The configuration of the whole space that has the same values."""
         return SubnetConfig(
             self.space.family,
@@ -124,6 +139,18 @@ class PhaseSampler:
 def _restricted(space: SearchSpace, elastic: Mapping[str, Sequence[float]]) -> SearchSpace:
     """The space in which every axis has only the values that may be drawn."""
     return SearchSpace(
-        space.family,
-        [replace(axis, values=tuple(sorted(elastic.get(axis.name, axis.values[-1:])))) for axis in space.axes],
+        space.family, [_restricted_axis(axis, elastic.get(axis.name, axis.values[-1:])) for axis in space.axes]
     )
+
+
+def _restricted_axis(axis: Axis, values: Sequence[float]) -> Axis:
+    """The axis with only these values; a position all of whose values are smaller keeps its own largest."""
+    allowed = sorted(values)
+    if not axis.limits:
+        return replace(axis, values=tuple(allowed))
+    largest = [axis.choices(position)[-1] for position in range(len(axis.controls))]
+    below = sorted({value for value in largest if value < allowed[0]})
+    starts = [below.index(value) if value in below else len(below) for value in largest]
+    counts = [1 if value in below else sum(item <= value for item in allowed) for value in largest]
+    limits = tuple(start + count for start, count in zip(starts, counts, strict=True))
+    return replace(axis, values=(*below, *allowed), limits=limits, starts=tuple(starts) if below else ())

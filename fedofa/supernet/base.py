@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
+from fedofa.supernet.parametrised import parametrise, parametrised_costs, parametrised_slices
 from fedofa.supernet.slices import SliceMap, TensorSlice, slice_tensor
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -31,6 +32,33 @@ def refuse_tensors(names: Iterable[str], tensors: Mapping[str, Tensor]) -> NoRet
     if missing:
         raise SpaceError(f"the subnet needs the tensor {missing[0]!r}, which was not given")
     raise SpaceError(f"the subnet has no tensors {left[:5]} ({len(left)} in all)")
+
+
+def fill_skeleton(skeleton: nn.Module, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
+    """Put tensors into a skeleton, which becomes an ordinary module that owns them.
+
+    Args:
+        skeleton: any subnet's, on the meta device.
+        tensors: its parameters and buffers by name.
+        frozen: evaluation mode, and parameters that ask for no gradients.
+
+    Raises:
+        SpaceError: when the names are not exactly the skeleton's.
+    """
+    homes = [
+        (f"{prefix}.{name}" if prefix else name, own, name)
+        for prefix, module in skeleton.named_modules()
+        for own in (module._parameters, module._buffers)
+        for name, current in own.items()
+        if current is not None
+    ]
+    names = {full for full, _, _ in homes}
+    if names != set(tensors):
+        refuse_tensors(names, tensors)
+    for full, own, name in homes:
+        held: dict[str, Any] = own
+        held[name] = nn.Parameter(tensors[full], not frozen) if isinstance(own[name], nn.Parameter) else tensors[full]
+    return skeleton.eval() if frozen else skeleton
 
 
 def _side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -79,7 +107,7 @@ class Supernet(nn.Module, ABC):
         self.kernels = tuple(kernels)
         self.ordering: dict[str, np.ndarray] = {}
         self.normalisation: dict[str, list[float]] | None = None
-        self._slice_maps: dict[SubnetConfig, SliceMap] = {}
+        self._slice_maps: dict[tuple[SubnetConfig, bool], SliceMap] = {}
         self._slices: dict[tuple[str, tuple[int, ...]], TensorSlice] = {}  # by name and shape: subnets have many alike
 
     @cached_property
@@ -138,18 +166,38 @@ class Supernet(nn.Module, ABC):
         ]
 
     @final
-    def slice_map(self, subnet: SubnetConfig) -> SliceMap:
+    def slice_map(self, subnet: SubnetConfig, parametrised: bool = False) -> SliceMap:
         """The linear map from the shared weights to this subnet's.
+
+        Args:
+            parametrised: with what small kernels are composed of in their place (see `parametrised`).
 
         Raises:
             SpaceError: when the subnet is not of this space.
         """
-        if subnet not in self._slice_maps:
-            self.space.check(subnet)
+        key = (subnet, parametrised)
+        if key not in self._slice_maps:
+            made = parametrised_slices(self.slice_map(subnet)) if parametrised else self._plain_slice_map(subnet)
             if len(self._slice_maps) >= _KEPT_SLICE_MAPS:
                 self._slice_maps.pop(next(iter(self._slice_maps)))
-            self._slice_maps[subnet] = SliceMap([self._slice(item) for item in self.parameter_table(subnet)])
-        return self._slice_maps[subnet]
+            self._slice_maps[key] = made
+        return self._slice_maps[key]
+
+    def _plain_slice_map(self, subnet: SubnetConfig) -> SliceMap:
+        self.space.check(subnet)
+        return SliceMap([self._slice(item) for item in self.parameter_table(subnet)])
+
+    @final
+    def structure(self, subnet: SubnetConfig, parametrised: bool = False) -> nn.Module:
+        """The skeleton of what `slice_map` with the same arguments extracts."""
+        skeleton = self.skeleton(subnet)
+        return parametrise(skeleton, self.slice_map(subnet)) if parametrised else skeleton
+
+    @final
+    def costs(self, subnet: SubnetConfig, parametrised: bool = False) -> tuple[BlockCost, ...]:
+        """What each block of `structure` with the same arguments costs for one example, in forward order."""
+        blocks = self.block_costs(subnet)
+        return parametrised_costs(blocks, self._slice) if parametrised else blocks
 
     def _slice(self, item: ParameterSpec) -> TensorSlice:
         key = (item.name, item.shape)

@@ -32,6 +32,8 @@ class BlockCost:
         widest_elements: size of the largest tensor inside.
         parameters: its trainable tensors.
         num_statistics: values of its batch-norm statistics, which travel to the client but do not train.
+        step_elements: fp32 values that a step keeps whatever its batch is: kernels that are composed in the forward
+            pass.
     """
 
     name: str
@@ -42,6 +44,7 @@ class BlockCost:
     widest_elements: int
     parameters: tuple[ParameterSpec, ...]
     num_statistics: int = 0
+    step_elements: int = 0
 
     @property
     def num_parameters(self) -> int:

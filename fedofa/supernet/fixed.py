@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedofa.supernet.base import Supernet, refuse_tensors
+from fedofa.supernet.base import Supernet, fill_skeleton
 from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -42,17 +42,7 @@ class FixedSupernet(Supernet):
         return self._copy_skeleton()
 
     def assemble(self, subnet: SubnetConfig, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
-        names = {item.name for item in self._table}
-        if names != set(tensors):
-            refuse_tensors(names, tensors)
-        module = self.skeleton(subnet)
-        for prefix, child in module.named_modules():
-            dot = f"{prefix}." if prefix else ""
-            for name in [name for name, current in child._parameters.items() if current is not None]:
-                child._parameters[name] = nn.Parameter(tensors[dot + name], not frozen)
-            for name in [name for name, current in child._buffers.items() if current is not None]:
-                child._buffers[name] = tensors[dot + name]
-        return module.eval() if frozen else module
+        return fill_skeleton(self.skeleton(subnet), tensors, frozen=frozen)
 
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
         return self._table

@@ -23,6 +23,7 @@ class SubnetDelta:
         num_examples: examples in the client's training set; its weight in the fold.
         num_steps: optimiser steps taken.
         weights: parameter name -> float32 change in the subnet's shape; only what trained.
+        parametrised: whether the subnet was trained in its parametrised form (see `FineTunePlan`).
     """
 
     client_id: str
@@ -33,3 +34,4 @@ class SubnetDelta:
     num_examples: int
     num_steps: int
     weights: Mapping[str, np.ndarray]
+    parametrised: bool = False

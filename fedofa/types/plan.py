@@ -20,20 +20,23 @@ class FineTunePlan:
         trainable: the names of the parameters that train, in the subnet's order; everything else is frozen.
         recompute: names of the blocks whose activations are recomputed in the backward pass (gradient checkpointing).
         statistics: for batch norm: "batch" normalises with each batch's own, "frozen" with the received ones.
+        parametrised: whether small kernels are composed of the large ones and the kernel matrices, which train too.
     """
 
     name: str
     trainable: tuple[str, ...]
     recompute: tuple[str, ...] = ()
     statistics: str = "batch"
+    parametrised: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` turns back into an equal plan."""
+        """A JSON object that `from_json` turns back into an equal plan; "parametrised" is there where it is true."""
         return {
             "name": self.name,
             "trainable": list(self.trainable),
             "recompute": list(self.recompute),
             "statistics": self.statistics,
+            **({"parametrised": True} if self.parametrised else {}),
         }
 
     @classmethod
@@ -41,9 +44,13 @@ class FineTunePlan:
         """The inverse of `to_json`."""
         try:
             return cls(
-                str(value["name"]), tuple(value["trainable"]), tuple(value["recompute"]), str(value["statistics"])
+                str(value["name"]),
+                tuple(value["trainable"]),
+                tuple(value["recompute"]),
+                str(value["statistics"]),
+                bool(value.get("parametrised", False)),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"not a fine-tuning plan: {error!r} in {value!r:.200}") from error
 
     def digest(self) -> str:

@@ -96,6 +96,7 @@ class Axis:
         is_input: True for what changes the input rather than the network (resolution); not counted as a subnet.
         limits: for each position how many of the values, from the smallest on, it may take (a stage of two blocks is
             never deeper); empty where every position may take all.
+        starts: for each position the number of the first value that it may take; empty where it is 0 everywhere.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Axis:
     controls: tuple[Control | None, ...]
     is_input: bool = False
     limits: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
 
     @classmethod
     def free(cls, name: str, values: Sequence[float], positions: int, *, is_input: bool = False) -> Axis:
@@ -117,14 +119,29 @@ class Axis:
             raise SpaceError(
                 f"axis {self.name!r}: expected {len(self.controls)} limits from 1 to {most}, found {list(self.limits)}"
             )
+        if self.starts and not (len(self.starts) == len(self.controls) and all(map(self.indices, self._positions))):
+            raise SpaceError(
+                f"axis {self.name!r}: expected {len(self.controls)} starts below the limits, found {list(self.starts)}"
+            )
+
+    @property
+    def _positions(self) -> range:
+        return range(len(self.controls))
+
+    def indices(self, position: int) -> range:
+        """The numbers of the values that the position may take."""
+        start = self.starts[position] if self.starts else 0
+        return range(start, self.limits[position] if self.limits else len(self.values))
 
     def choices(self, position: int) -> tuple[float, ...]:
         """The values that the position may take, ascending."""
-        return self.values[: self.limits[position]] if self.limits else self.values
+        allowed = self.indices(position)
+        return self.values[allowed.start : allowed.stop]
 
     def nearest(self, value: float, position: int) -> float:
-        """An allowed value of the axis, or the largest that the position may take where that is less."""
-        return min(value, self.choices(position)[-1]) if value in self.values else value
+        """An allowed value of the axis, or the nearest that the position may take."""
+        choices = self.choices(position)
+        return min(max(value, choices[0]), choices[-1]) if value in self.values else value
 
 
 class SearchSpace:
@@ -208,7 +225,9 @@ class SearchSpace:
         """Every position drawn uniformly and independently, as Once-for-All samples subnets."""
         return self._normalised(
             {
-                axis.name: rng.integers(axis.limits or len(axis.values), size=len(axis.controls)).tolist()
+                axis.name: rng.integers(
+                    axis.starts or 0, axis.limits or len(axis.values), size=len(axis.controls)
+                ).tolist()
                 for axis in self.axes
             }
         )
@@ -221,11 +240,12 @@ class SearchSpace:
             for axis in self.axes
             for position, index in enumerate(subnet[axis.name])
             for step in (-1, 1)
-            if index != INACTIVE and 0 <= index + step < len(axis.choices(position))
+            if index != INACTIVE and index + step in axis.indices(position)
         ]
         for move in rng.permutation(len(moves)):
             axis, position, index = moves[move]
-            rows = {name: [max(i, 0) for i in row] for name, row in subnet.choices}
+            rows = {item.name: [max(i, item.indices(p).start) for p, i in enumerate(subnet[item.name])]
+                    for item in self.axes}  # fmt: skip
             rows[axis.name][position] = index
             yield self._normalised(rows)
 
@@ -266,11 +286,11 @@ class SearchSpace:
             raise SpaceError(f"{where}: expected {len(axis.controls)} positions, found {len(row)}")
         for position, (index, control) in enumerate(zip(row, axis.controls, strict=True)):
             active = self._is_active(control, rows)
-            allowed = axis.choices(position)
-            if active and not 0 <= index < len(allowed):
+            allowed = axis.indices(position)
+            if active and index not in allowed:
                 raise SpaceError(
                     f"{where}, position {position}: index {index} is not allowed; "
-                    f"allowed are 0 to {len(allowed) - 1}, the values {list(allowed)}"
+                    f"allowed are {allowed.start} to {allowed.stop - 1}, the values {list(axis.choices(position))}"
                 )
             if not active and index != INACTIVE:
                 raise SpaceError(

@@ -17,7 +17,8 @@ class SharedState:
         version: 0 at the start, one more with every fold.
         tensors: shared tensor name -> array: parameters, kernel matrices and batch-norm statistics.
         ordering: channel group name -> int64 permutation, most important channel first; a group left out is in order.
-        moments: server optimiser moment ("momentum", "second", "steps") -> tensor name -> array.
+        moments: server optimiser moment ("momentum", "second", "steps") -> tensor name -> array; under "teacher" the
+            tensors of a shrinking schedule's trained teacher.
     """
 
     version: int

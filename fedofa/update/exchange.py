@@ -1,4 +1,4 @@
-"""What crosses the wire between server and client, on top of the packed codec: tasks down, deltas up."""
+"""What crosses the wire between server and client, on top of the packed codec: tasks down, deltas and statistics up."""
 
 from __future__ import annotations
 
@@ -12,15 +12,36 @@ from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import FedofaError, WireError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
+from fedofa.types.statistics import ChannelSums, SubnetStatistics
 from fedofa.update.codec import decode_packed, encode_packed
 
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """How parameters may travel."""
 
-_TASK, _DELTA, _WEIGHTS = "task", "delta", "weights"
+_TASK, _DELTA, _STATISTICS = "task", "delta", "statistics"
+_WEIGHTS, _TEACHER, _TOTALS, _SQUARES = "weights", "teacher", "totals", "squares"
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
-                "num_steps": int}  # fmt: skip
+                "num_steps": int, "parametrised": bool}  # fmt: skip
+_STATISTICS_TYPES = {"client_id": str, "round": int, "base_version": int, "num_examples": int}
+
+
+@dataclass(frozen=True, slots=True)
+class Teaching:
+    """A frozen subnet that a client's subnet learns from.
+
+    Args:
+        subnet: the teacher's configuration, in its plain form.
+        tensors: its tensors by name, with the statistics that it is evaluated with.
+        loss: the settings of `fedofa.shrinking.schedule.TeacherLoss`.
+        label_weight, teacher_weight: of the two losses.
+    """
+
+    subnet: SubnetConfig
+    tensors: Mapping[str, np.ndarray]
+    loss: Mapping[str, Any]
+    label_weight: float
+    teacher_weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +57,7 @@ class ClientTask:
         normalisation: per-channel "mean" and "std" of pixels in [0, 1].
         seed: of the run; with round and client id it seeds the client's draws.
         float_dtype: how the delta's values travel: "float32", "float16" or "bfloat16".
+        teaching: a teacher beside the labels; None for the labels alone.
     """
 
     round: int
@@ -47,6 +69,7 @@ class ClientTask:
     normalisation: Mapping[str, list[float]]
     seed: int
     float_dtype: str = "float32"
+    teaching: Teaching | None = None
 
 
 def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
@@ -62,7 +85,12 @@ def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
         "seed": task.seed,
         "float_dtype": task.float_dtype,
     }
-    return encode_packed(_TASK, header, {_WEIGHTS: tensors}, float_dtype=task.float_dtype)
+    streams = {_WEIGHTS: tensors}
+    if (teaching := task.teaching) is not None:
+        streams[_TEACHER] = teaching.tensors
+        weights = {"label_weight": teaching.label_weight, "teacher_weight": teaching.teacher_weight}
+        header["teaching"] = {"subnet": teaching.subnet.to_json(), "loss": dict(teaching.loss), **weights}
+    return encode_packed(_TASK, header, streams, float_dtype=task.float_dtype)
 
 
 def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np.ndarray]]:
@@ -76,15 +104,22 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
     try:
         header["subnet"] = SubnetConfig.from_json(header["subnet"])
         header["plan"] = FineTunePlan.from_json(header["plan"])
+        if header.get("teaching") is not None:
+            header["teaching"] = _teaching(header["teaching"], packed.streams[_TEACHER])
         task = ClientTask(**header)
         _check_types("task", task, _TASK_TYPES)
         if task.float_dtype not in FLOAT_DTYPES:
             raise WireError(f"the task's float_dtype: expected one of {list(FLOAT_DTYPES)}, found {task.float_dtype!r}")
         return task, packed.streams.get(_WEIGHTS, {})
-    except (KeyError, TypeError, FedofaError) as error:
+    except (KeyError, TypeError, ValueError, FedofaError) as error:
         raise WireError(
             f"the task's header is not understood: {error}; do server and client run the same release?"
         ) from error
+
+
+def _teaching(value: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Teaching:
+    teacher = SubnetConfig.from_json(value["subnet"])
+    return Teaching(teacher, tensors, dict(value["loss"]), float(value["label_weight"]), float(value["teacher_weight"]))
 
 
 def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
@@ -97,6 +132,7 @@ def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
         "base_version": delta.base_version,
         "num_examples": delta.num_examples,
         "num_steps": delta.num_steps,
+        "parametrised": delta.parametrised,
     }
     return encode_packed(_DELTA, header, {_WEIGHTS: delta.weights}, float_dtype=float_dtype)
 
@@ -118,8 +154,46 @@ def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
     return delta
 
 
+def encode_statistics(statistics: SubnetStatistics) -> bytes:
+    """Pack a client's batch-norm statistics; they travel in float64 whatever the weights travel in."""
+    header = {
+        "client_id": statistics.client_id,
+        "round": statistics.round,
+        "subnet": statistics.subnet.to_json(),
+        "base_version": statistics.base_version,
+        "num_examples": statistics.num_examples,
+        "counts": {name: sums.count for name, sums in statistics.sums.items()},
+    }
+    totals = {name: sums.total for name, sums in statistics.sums.items()}
+    squares = {name: sums.squares for name, sums in statistics.sums.items()}
+    return encode_packed(_STATISTICS, header, {_TOTALS: totals, _SQUARES: squares})
+
+
+def decode_statistics(buffer: bytes | memoryview) -> SubnetStatistics:
+    """Unpack a client's statistics; only their form is checked here, their content by `verification`.
+
+    Raises:
+        WireError: when the buffer is damaged or holds no statistics.
+    """
+    packed = decode_packed(buffer, kind=_STATISTICS)
+    header = dict(packed.header)
+    try:
+        subnet, counts = SubnetConfig.from_json(header.pop("subnet")), dict(header.pop("counts"))
+        totals, squares = packed.streams.get(_TOTALS, {}), packed.streams.get(_SQUARES, {})
+        if not counts.keys() == totals.keys() == squares.keys():
+            raise WireError("its counts, sums and sums of squares are not of the same norms")
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts.values()):
+            raise WireError("a count is no whole number")
+        sums = {name: ChannelSums(counts[name], totals[name], squares[name]) for name in counts}
+        statistics = SubnetStatistics(subnet=subnet, sums=sums, **header)
+    except (KeyError, TypeError, ValueError, FedofaError) as error:
+        raise WireError(f"the statistics' header is not understood: {error}") from error
+    _check_types("statistics", statistics, _STATISTICS_TYPES)
+    return statistics
+
+
 def _check_types(what: str, value: object, types: Mapping[str, type]) -> None:
     for name, kind in types.items():
         found = getattr(value, name)
-        if not isinstance(found, kind) or isinstance(found, bool):
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise WireError(f"the {what}'s {name}: expected {kind.__name__}, found {found!r:.80}")

@@ -1,7 +1,8 @@
-"""Verification: a delta is folded only when it is exactly what this client was asked for."""
+"""Verification: a delta or statistics count only when they are exactly what this client was asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,10 @@ from fedofa.types.delta import SubnetDelta
 from fedofa.types.errors import DeltaError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
+from fedofa.types.statistics import ChannelSums, SubnetStatistics
+
+_ROUNDING = 1e-9
+"""Relative error of float64 sums over many values: a sum of squares may be below its bound by so much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,7 @@ def verify_delta(delta: SubnetDelta, expected: Expectation) -> None:
         ("base version", expected.version, delta.base_version),
         ("subnet", expected.subnet.digest(), delta.subnet.digest()),
         ("plan", expected.plan.digest(), delta.plan_digest),
+        ("parametrised", expected.plan.parametrised, delta.parametrised),
         ("number of examples", expected.num_examples, delta.num_examples),
     ):
         if wanted != found:
@@ -85,6 +91,69 @@ def _verify_values(name: str, values: np.ndarray, expected: Expectation) -> None
             f"parameter {name!r}: a change of {max(-low, high):.3g} by {expected.num_examples} examples is out of the "
             f"fold's range ({MAX_TERM:.3g})",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsExpectation:
+    """Which statistics the server asked one client for.
+
+    Args:
+        num_examples: as the client stated when it introduced itself.
+        norms: name of each batch norm -> its channels, and the positions an example has there.
+    """
+
+    client_id: str
+    round: int
+    version: int
+    subnet: SubnetConfig
+    num_examples: int
+    norms: Mapping[str, tuple[int, int]]
+
+
+def verify_statistics(statistics: SubnetStatistics, expected: StatisticsExpectation) -> None:
+    """Refuse statistics that differ from what was asked for, or that no images give.
+
+    Raises:
+        DeltaError: naming the client, the field or norm, what was expected and what was found.
+    """
+    for name, wanted, found in (
+        ("client id", expected.client_id, statistics.client_id),
+        ("round", expected.round, statistics.round),
+        ("base version", expected.version, statistics.base_version),
+        ("subnet", expected.subnet.digest(), statistics.subnet.digest()),
+        ("number of examples", expected.num_examples, statistics.num_examples),
+        ("norms", sorted(expected.norms), sorted(statistics.sums)),
+    ):
+        if wanted != found:
+            raise _unfit(expected, f"{name}: expected {wanted!r:.200}, found {found!r:.200}")
+    for name, (channels, positions) in expected.norms.items():
+        problem = _problem(statistics.sums[name], channels, expected.num_examples * positions)
+        if problem:
+            raise _unfit(expected, f"norm {name!r}: {problem}")
+
+
+def _problem(sums: ChannelSums, channels: int, most: int) -> str:
+    """What is wrong with a norm's sums, "" where nothing is."""
+    if not 1 <= sums.count <= most:
+        return f"expected 1 to {most:,} values a channel, found {sums.count:,}"
+    for what, values in (("sums", sums.total), ("sums of squares", sums.squares)):
+        if values.shape != (channels,) or values.dtype != np.float64:
+            return f"{what}: expected float64 of shape {(channels,)}, found {values.dtype} of shape {values.shape}"
+        if not np.isfinite(values).all():
+            return f"{what}: {int((~np.isfinite(values)).sum())} of {channels} are not finite"
+    with np.errstate(over="ignore"):
+        least = np.square(sums.total) / sums.count  # of the sum of squares, by the Cauchy-Schwarz inequality
+    if not (sums.squares >= least * (1 - _ROUNDING)).all():
+        return "a variance is negative"
+    if not (sums.squares <= np.finfo(np.float32).max).all():
+        return "a sum of squares is out of the range of float32"
+    return ""
+
+
+def _unfit(expected: StatisticsExpectation, what: str) -> DeltaError:
+    return DeltaError(
+        f"statistics of client {expected.client_id!r} for round {expected.round} refused: {what}; they do not count"
+    )
 
 
 def _refusal(expected: Expectation, what: str) -> DeltaError:

@@ -51,6 +51,40 @@ def test_a_full_round_by_hand():
     assert cost.longest_part == "uplink"
 
 
+def test_a_teacher_by_hand():
+    """It comes with the subnet, sees every example once, and only its tensors and logits stay."""
+    plan = FineTunePlan("full", ("stem.w", "stages.0.0.w", "head.w"))
+    teacher = (block("stem", 1000, 70, 9, 60, 110, 200), block("head", 100, 80, 80, 2, 80, 90))
+    alone, taught = MODEL.cost(BLOCKS, plan, PROFILE, WORK), MODEL.cost(BLOCKS, plan, PROFILE, WORK, teacher)
+    assert taught.download_bytes == alone.download_bytes + 2 * 290
+    assert (taught.upload_bytes, taught.macs, taught.num_parameters) == (158, 310, 79)
+    assert taught.compute_seconds == pytest.approx(alone.compute_seconds + 1100 * 6 / 1000)
+    forward = 4 * (2 * 290 + 79 + 2 * 110 * 5 + 6 * (9 + 2))
+    assert forward > alone.training_bytes + 4 * (290 + 6 * 2)
+    assert taught.training_bytes == forward
+    small = (block("head", 100, 80, 8, 2, 8, 5),)
+    stays = MODEL.cost(BLOCKS, plan, PROFILE, WORK, small).training_bytes
+    assert stays == alone.training_bytes + 4 * (5 + 6 * 2)
+
+
+def test_composed_kernels_count_once_a_step_with_their_gradients():
+    plan = FineTunePlan("full", ("stem.w", "stages.0.0.w", "head.w"))
+    composed = (BLOCKS[0], replace(BLOCKS[1], step_elements=13), BLOCKS[2])
+    plain, more = (MODEL.cost(blocks, plan, PROFILE, WORK).training_bytes for blocks in (BLOCKS, composed))
+    assert more - plain == 4 * 2 * 13
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds)
+def test_a_parametrised_subnets_bytes_are_those_of_its_tensors(seed):
+    subnet = SUPERNET.space.sample(np.random.default_rng(seed))
+    blocks, slices = SUPERNET.costs(subnet, True), SUPERNET.slice_map(subnet, True)
+    cost = MODEL.cost(blocks, build_plan("full", blocks, parametrised=True), PROFILE, WORK)
+    values = sum(int(np.prod(item.shape)) for item in slices)
+    assert cost.download_bytes == cost.upload_bytes == 2 * values
+    assert cost.num_parameters == values
+
+
 def test_a_recomputed_partial_round_by_hand():
     plan = FineTunePlan("last", ("stages.0.0.w", "head.w"), ("stages.0.0",))
     cost = MODEL.cost(BLOCKS, plan, PROFILE, replace(WORK, optimiser_slots=2, num_examples=3))

@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional
 
 from fedofa.data.sources import load_source
-from fedofa.evaluation.calibration import ChannelSums, apply_sums, calibrate, merge_sums, statistic_sums
+from fedofa.evaluation.calibration import apply_sums, calibrate, merge_sums, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.shrinking.central import CentralShrinking, CentralTraining
 from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
 from fedofa.types.errors import DatasetError, SpaceError
+from fedofa.types.statistics import ChannelSums
 
 SUPERNET = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.smallest()
@@ -188,19 +189,24 @@ def test_ten_random_subnets_of_a_trained_supernet_before_and_after(tmp_path):
         shrinking.advance()
 
     seen = prepare_inputs(digits.images[train], digits.mean, digits.std, 20).split(100)
+    sorted_images = digits.images[train][np.argsort(digits.labels[train], kind="stable")]
+    two_labels_each = prepare_inputs(sorted_images, digits.mean, digits.std, 20).split(50)
     unseen = prepare_inputs(digits.images[test], digits.mean, digits.std, 20), torch.from_numpy(digits.labels[test])
     largest = supernet.build(supernet.space.largest())
     calibrate(largest, seen)
     with torch.no_grad():
         for name, statistic in supernet.network.named_buffers():
             statistic.copy_(largest.state_dict()[name])
-    rng, before, after = np.random.default_rng(1), [], []
+    rng, before, after, by_clients = np.random.default_rng(1), [], [], []
     for _ in range(10):
         module = supernet.build(supernet.space.sample(rng))
         before.append(evaluate(module, *unseen).accuracy)
         calibrate(module, seen)
         after.append(evaluate(module, *unseen).accuracy)
-    print(f"before {np.round(before, 3).tolist()}, after {np.round(after, 3).tolist()}")
+        apply_sums(module, merge_sums(statistic_sums(module, [part]) for part in two_labels_each))
+        by_clients.append(evaluate(module, *unseen).accuracy)
+    for name, accuracies in (("before", before), ("after", after), ("by clients of two labels", by_clients)):
+        print(f"{name}: {np.round(accuracies, 3).tolist()}, mean {np.mean(accuracies):.3f}")
     assert all(late > early for early, late in zip(before, after, strict=True))
     assert min(after) > 0.8
     assert np.mean(after) - np.mean(before) > 0.1

@@ -12,7 +12,8 @@ PLAN = FineTunePlan("bias", ("stem.norm.bias", "classifier.weight"), ("stages.1.
 
 
 def test_round_trip():
-    assert FineTunePlan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
+    for plan in (PLAN, replace(PLAN, parametrised=True)):
+        assert FineTunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 def test_the_digest_is_the_same_on_every_machine_and_release():
@@ -21,7 +22,13 @@ def test_the_digest_is_the_same_on_every_machine_and_release():
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "full"}, {"trainable": PLAN.trainable[::-1]}, {"recompute": ()}, {"statistics": "batch"}],
+    [
+        {"name": "full"},
+        {"trainable": PLAN.trainable[::-1]},
+        {"recompute": ()},
+        {"statistics": "batch"},
+        {"parametrised": True},
+    ],
 )
 def test_the_digest_covers_everything(change):
     assert replace(PLAN, **change).digest() != PLAN.digest()

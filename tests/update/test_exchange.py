@@ -13,7 +13,7 @@ from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.types.errors import WireError
 from fedofa.update.codec import encode_packed
-from fedofa.update.exchange import ClientTask, decode_delta, decode_task, encode_delta, encode_task
+from fedofa.update.exchange import ClientTask, Teaching, decode_delta, decode_task, encode_delta, encode_task
 
 SUPERNET = build_supernet()
 SUBNET = SUPERNET.space.subnet(kernel=[3, 5, 7, 3], depth=[1, 2])
@@ -67,6 +67,22 @@ def test_a_task_round_trips(float_dtype):
         np.testing.assert_array_equal(tensors[name], as_sent(array, float_dtype), strict=True)
 
 
+def test_a_teacher_travels_with_its_task():
+    loss = {"kind": "soft_cross_entropy", "temperature": 2.0, "alpha_low": -1.0, "alpha_high": 1.0, "max_ratio": 5.0}
+    largest = SUPERNET.space.largest()
+    tensors = SUPERNET.slice_map(largest).extract(SUPERNET.state().tensors)
+    task = replace(TASK, teaching=Teaching(largest, tensors, loss, 0.0, 1.0))
+    found, weights = decode_task(encode_task(task, TENSORS))
+    assert list(weights) == list(TENSORS)
+    assert found.teaching is not None
+    assert replace(found.teaching, tensors={}) == Teaching(largest, {}, loss, 0.0, 1.0)
+    assert list(found.teaching.tensors) == list(tensors)
+    assert all(np.array_equal(found.teaching.tensors[name], array) for name, array in tensors.items())
+    header = {**TASK_HEADER, "teaching": {"subnet": largest.to_json(), "loss": loss, "label_weight": 0.0}}
+    with pytest.raises(WireError, match="teacher"):
+        decode_task(encode_packed("task", header, {"weights": TENSORS, "teacher": tensors}))
+
+
 @pytest.mark.parametrize("float_dtype", FLOAT_DTYPES)
 def test_a_delta_round_trips(float_dtype):
     found = decode_delta(encode_delta(DELTA, float_dtype=float_dtype))
@@ -102,7 +118,7 @@ def test_a_delta_header_without_a_field_is_refused(missing):
         decode_delta(encode_packed("delta", header, {}))
 
 
-@pytest.mark.parametrize("missing", sorted(set(TASK_HEADER) - {"float_dtype"}))
+@pytest.mark.parametrize("missing", sorted(set(TASK_HEADER) - {"float_dtype", "teaching"}))
 def test_a_task_header_without_a_field_is_refused(missing):
     header = {name: value for name, value in TASK_HEADER.items() if name != missing}
     with pytest.raises(WireError, match=rf"header is not understood: .*{missing}.*same release"):
