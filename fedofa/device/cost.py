@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ class AnalyticCostModel(CostModel):
 
     def _backward_macs(self, blocks: Sequence[BlockCost], names: set[str], plan: FineTunePlan) -> int:
         """MACs of one example's backward pass; a recomputed block runs forward once more."""
-        again = set(plan.recompute)
+        again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
         return sum(block.macs * (_BACKWARD_PASSES + (block.name in again)) for block in backward)
 
@@ -125,7 +126,7 @@ class AnalyticCostModel(CostModel):
 
         A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
         """
-        again = set(plan.recompute)
+        again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
         kept = sum(block.input_elements if block.name in again else block.saved_elements for block in backward)
         kept += max(

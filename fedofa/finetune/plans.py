@@ -11,11 +11,22 @@ from fedofa.types.plan import FineTunePlan
 
 KINDS = ("full", "last_blocks(k)", "head", "bias")
 
+MICRO_BATCH_REFUSAL = (
+    "micro-batches change what batch norm computes where it takes the batch's own statistics; set "
+    "finetune.statistics=frozen, use group norm, or train with micro_batch 0"
+)
+
 _LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
 
 
 def build_plan(
-    name: str, blocks: Sequence[BlockCost], *, recompute: bool = False, statistics: str = "batch"
+    name: str,
+    blocks: Sequence[BlockCost],
+    *,
+    recompute: bool = False,
+    statistics: str = "batch",
+    lean: bool = False,
+    micro_batch: int = 0,
 ) -> FineTunePlan:
     """The plan of that name for one subnet.
 
@@ -26,18 +37,21 @@ def build_plan(
         blocks: the subnet's blocks, in forward order.
         recompute: checkpoint every elastic block that lies in the backward pass: keep its input only.
         statistics: batch norm's mode, "batch" or "frozen".
+        lean, micro_batch: as in `FineTunePlan`.
 
     Raises:
-        ConfigError: for an unknown plan.
+        ConfigError: for an unknown plan, or for micro-batches where batch norm takes statistics of the batch.
     """
     if statistics not in ("batch", "frozen"):
         raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
     trainable = set(_trainable(name, blocks))
     ordered = tuple(item.name for block in blocks for item in block.parameters if item.name in trainable)
-    checkpointed = ()
+    segments = ()
     if recompute:
-        checkpointed = tuple(block.name for block in in_backward(blocks, trainable) if is_elastic(block))
-    return FineTunePlan(name, ordered, checkpointed, statistics)
+        segments = tuple((block.name,) for block in in_backward(blocks, trainable) if is_elastic(block))
+    if micro_batch and statistics == "batch" and any(block.num_statistics for block in blocks):
+        raise ConfigError(MICRO_BATCH_REFUSAL)
+    return FineTunePlan(name, ordered, segments, statistics, lean, micro_batch)
 
 
 def is_elastic(block: BlockCost) -> bool:

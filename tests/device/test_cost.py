@@ -52,7 +52,7 @@ def test_a_full_round_by_hand():
 
 
 def test_a_recomputed_partial_round_by_hand():
-    plan = FineTunePlan("last", ("stages.0.0.w", "head.w"), ("stages.0.0",))
+    plan = FineTunePlan("last", ("stages.0.0.w", "head.w"), (("stages.0.0",),))
     cost = MODEL.cost(BLOCKS, plan, PROFILE, replace(WORK, optimiser_slots=2, num_examples=3))
     batch = 3  # the client has no more
     values = 2 * 79 + 59 * (1 + 2)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedofa.finetune.ops.codes import dense, flat, pack_bits, unpack_bits
 from fedofa.types.errors import ConfigError
+from fedofa.types.plan import KEPT_FORMS
 
-FORMS = ("float32", "bfloat16", "int8", "int4")
 _GROUP = 256
 """Consecutive values in memory that share one range."""
 
@@ -51,8 +51,8 @@ class Keeper:
     """
 
     def __init__(self, form: str = "float32", fraction: float = 1.0, generator: torch.Generator | None = None) -> None:
-        if form not in FORMS:
-            raise ConfigError(f"kept activations, form: expected one of {list(FORMS)}, found {form!r}")
+        if form not in KEPT_FORMS:
+            raise ConfigError(f"kept activations, form: expected one of {list(KEPT_FORMS)}, found {form!r}")
         if not 0 < fraction <= 1:
             raise ConfigError(f"kept activations, fraction: expected a number in (0, 1], found {fraction!r}")
         if fraction < 1 and form != "float32":

@@ -78,8 +78,13 @@ class Norm(ABC):
         """Whether the backward pass needs the input; `input_trains`: a gradient of the input is wanted."""
 
     @abstractmethod
-    def coefficients(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        """Scale and shift, `(1 or batch, channels, 1, 1)`, and two statistics for `gradients`."""
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The result; and its scale and shift, `(1 or batch, channels, 1, 1)`, and two statistics for `input_kept`.
+
+        `affine` with scale and shift gives the result again, to rounding. With `in_place` it may be written over `x`.
+        """
 
     @abstractmethod
     def input_kept(
@@ -98,13 +103,16 @@ class FrozenBatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return weight_trains
 
-    def coefficients(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         mean, variance = self._layer.running_mean, self._layer.running_var
         if mean is None or variance is None:
             raise ConfigError("batch norm with frozen statistics: expected running statistics, found none")
         scale = (variance + self._layer.eps).rsqrt_() * weight
-        shift = torch.addcmul(bias, scale, mean, value=-1)
-        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, variance
+        shift = torch.addcmul(bias, scale, mean, value=-1).view(1, -1, 1, 1)
+        scale = scale.view(1, -1, 1, 1)
+        return affine(x, scale, shift, in_place=in_place), (scale, shift, mean, variance)
 
     def input_kept(
         self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
@@ -123,13 +131,15 @@ class BatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def coefficients(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if x.numel() == x.shape[1]:
             raise ConfigError("batch norm: expected more than one value a channel to take statistics of, found one")
-        _, mean, rstd = torch.native_batch_norm(x, None, None, None, None, True, 0.0, self._eps)
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self._eps)
         scale = rstd * weight
         shift = torch.addcmul(bias, scale, mean, value=-1)
-        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, rstd
+        return y, (scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, rstd)
 
     def input_kept(
         self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
@@ -148,15 +158,17 @@ class GroupNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def coefficients(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         batch, channels, height, width = x.shape
-        _, mean, rstd = torch.native_group_norm(
-            x, None, None, batch, channels, height * width, self._groups, self._eps
+        y, mean, rstd = torch.native_group_norm(
+            x, weight, bias, batch, channels, height * width, self._groups, self._eps
         )
         size = channels // self._groups
         scale = torch.repeat_interleave(rstd, size, 1) * weight
         shift = torch.addcmul(bias, scale, torch.repeat_interleave(mean, size, 1), value=-1)
-        return scale.view(batch, channels, 1, 1), shift.view(batch, channels, 1, 1), mean, rstd
+        return y, (scale.view(batch, channels, 1, 1), shift.view(batch, channels, 1, 1), mean, rstd)
 
     def input_kept(
         self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]

@@ -90,8 +90,7 @@ class Unit:
             run.inner = run.shelf.put(kept)
         y, coefficients = inner, ()
         if self.norm is not None:
-            coefficients = self.norm.coefficients(inner, scale, shift)
-            y, own = affine(inner, *coefficients[:2], in_place=own), True
+            (y, coefficients), own = self.norm.forward(inner, scale, shift, in_place=own), True
             run.coefficients = run.shelf.put(Kept(coefficients, tuple, fresh=False)) if wants.any else None
         if self.act is not None:
             coded = wants.any and kept is None
