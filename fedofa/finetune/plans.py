@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fedofa.supernet.costs import BlockCost, in_backward
 from fedofa.types.errors import ConfigError
@@ -52,6 +52,40 @@ def build_plan(
     if micro_batch and statistics == "batch" and any(block.num_statistics for block in blocks):
         raise ConfigError(MICRO_BATCH_REFUSAL)
     return FineTunePlan(name, ordered, segments, statistics, lean, micro_batch)
+
+
+def choose_segments(blocks: Sequence[BlockCost], trainable: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """The checkpointed segments, of uneven length, with which the least is kept at a time.
+
+    What is kept are the segments' inputs and, while one of them runs again, what lies inside it. Blocks are grouped in
+    order until a segment would hold more than a bound; the best bound is taken. Segments cover the blocks in the
+    backward pass up to the last elastic one.
+    """
+    chain = list(in_backward(blocks, trainable))
+    while chain and not is_elastic(chain[-1]):
+        chain.pop()
+    bounds = sorted({sum(block.saved_elements for block in chain[:end]) for end in range(1, len(chain) + 1)})
+    grouped = (_grouped(chain, bound) for bound in bounds)
+    best = min(grouped, key=_kept_at_a_time, default=[])
+    return tuple(tuple(block.name for block in segment) for segment in best)
+
+
+def _grouped(chain: Sequence[BlockCost], bound: int) -> list[list[BlockCost]]:
+    """Segments of consecutive blocks that hold at most `bound` values; a larger block is a segment of its own."""
+    segments: list[list[BlockCost]] = []
+    held = 0
+    for block in chain:
+        if not segments or held + block.saved_elements > bound:
+            segments.append([])
+            held = 0
+        segments[-1].append(block)
+        held += block.saved_elements
+    return segments
+
+
+def _kept_at_a_time(segments: Sequence[Sequence[BlockCost]]) -> int:
+    inside = max(sum(block.saved_elements for block in segment) for segment in segments)
+    return sum(segment[0].input_elements for segment in segments) + inside
 
 
 def is_elastic(block: BlockCost) -> bool:

@@ -155,8 +155,8 @@ def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
     for name, clash in clashes.items():
         if clash:
             raise ConfigError(
-                f"plan {plan.name!r} fuses the optimiser's step into the backward pass, which goes with plain SGD only; "
-                f"found finetune.{name}={getattr(training, name)!r}"
+                f"plan {plan.name!r} fuses the optimiser's step into the backward pass, which goes with plain SGD "
+                f"only; found finetune.{name}={getattr(training, name)!r}"
             )
 
 

@@ -1,4 +1,4 @@
-"""A map times one factor a channel (the end of squeeze-excite), keeping the map only where it cannot be had otherwise."""
+"""A map times one factor a channel, the end of squeeze-excite; the map is kept where it cannot be had otherwise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedofa.finetune.ops.recipes import Shelf, recipe_of, set_recipe, take
 def gated(x: Tensor, gate: Tensor, keeper: Keeper) -> Tensor:
     """`x * gate`, for `(batch, channels, h, w)` and `(batch, channels, 1, 1)`.
 
-    The map is needed for the gate's gradient alone. The product needs keeping by nobody: where the map is kept or can be
+    The map is needed for the gate's gradient alone. Nobody needs to keep the product: where the map is kept or can be
     computed again, so can the product.
     """
     if not (torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad)):

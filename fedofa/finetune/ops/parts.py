@@ -78,9 +78,7 @@ class Norm(ABC):
         """Whether the backward pass needs the input; `input_trains`: a gradient of the input is wanted."""
 
     @abstractmethod
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The result; and its scale and shift, `(1 or batch, channels, 1, 1)`, and two statistics for `input_kept`.
 
         `affine` with scale and shift gives the result again, to rounding. With `in_place` it may be written over `x`.
@@ -103,9 +101,7 @@ class FrozenBatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return weight_trains
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         mean, variance = self._layer.running_mean, self._layer.running_var
         if mean is None or variance is None:
             raise ConfigError("batch norm with frozen statistics: expected running statistics, found none")
@@ -131,9 +127,7 @@ class BatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         if x.numel() == x.shape[1]:
             raise ConfigError("batch norm: expected more than one value a channel to take statistics of, found one")
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self._eps)
@@ -158,9 +152,7 @@ class GroupNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         batch, channels, height, width = x.shape
         y, mean, rstd = torch.native_group_norm(
             x, weight, bias, batch, channels, height * width, self._groups, self._eps

@@ -64,10 +64,16 @@ class _Window:
 
     def encode(self, indices: Tensor, width: int) -> Tensor:
         """Positions in the input's map, `(batch, channels, h', w')`, as numbers of taps of their windows."""
-        rows, columns = (indices // width).sub_(self._corner(indices, 0)), (indices % width).sub_(self._corner(indices, 1))
-        return rows.div_(self.dilation[0], rounding_mode="floor").mul_(self.kernel[1]).add_(
-            columns.div_(self.dilation[1], rounding_mode="floor")
-        ).to(torch.uint8)
+        rows, columns = (
+            (indices // width).sub_(self._corner(indices, 0)),
+            (indices % width).sub_(self._corner(indices, 1)),
+        )
+        return (
+            rows.div_(self.dilation[0], rounding_mode="floor")
+            .mul_(self.kernel[1])
+            .add_(columns.div_(self.dilation[1], rounding_mode="floor"))
+            .to(torch.uint8)
+        )
 
     def decode(self, taps: Tensor, width: int) -> Tensor:
         """The inverse of `encode`."""

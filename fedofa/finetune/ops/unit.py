@@ -35,8 +35,8 @@ class Unit:
 
     Args:
         keeper: the form in which it keeps activations.
-        codes_swish: a hard swish whose input is not kept anyway keeps one byte a value, with which its gradient is right
-            to 1/254 of the result's, instead of the input.
+        codes_swish: a hard swish whose input is not kept anyway keeps one byte a value instead of the input, with which
+            its gradient is right to 1/254 of the result's.
         conv, conv_layer: the convolution, and the layer whose parameters it uses.
         norm, norm_layer: the norm likewise.
     """
@@ -173,7 +173,9 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         unit, run, wants, saved = ctx.unit, ctx.run, ctx.wants, ctx.saved_tensors
-        grad = like(grad, run.stride)  # torch's norms misread the gradient of a mean, which is spread out with strides 0
+        grad = like(
+            grad, run.stride
+        )  # torch's norms misread the gradient of a mean, which is spread out with strides 0
         inner = take(saved, run.inner)
         coefficients = take(saved, run.coefficients)
         scale = shift = weight = bias = None

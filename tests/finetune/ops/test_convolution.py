@@ -41,10 +41,12 @@ def test_both_gradients_are_stock_autograds(case, dtype):
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(shape, generator=generator, dtype=dtype) for shape in (x_shape, weight_shape))
     grad = torch.randn(geometry.forward(x, weight, None).shape, generator=generator, dtype=dtype)
-    x, weight, grad = (item.contiguous(memory_format=layout) for item, layout in zip((x, weight, grad), layouts))
+    x, weight, grad = (
+        item.contiguous(memory_format=layout) for item, layout in zip((x, weight, grad), layouts, strict=True)
+    )
     for_x, for_weight = gradients(x, weight, geometry, grad)
     found = geometry.input_gradient(grad, weight, x.shape), geometry.weight_gradient(grad, x, weight)
-    for value, expected in zip(found, (for_x, for_weight)):
+    for value, expected in zip(found, (for_x, for_weight), strict=True):
         assert value.shape == expected.shape
         assert value.dtype == dtype
         tolerance = 1e-6 if dtype == torch.float32 else 1e-13

@@ -83,7 +83,7 @@ def test_rounding_is_right_on_average_and_drawn_from_the_generator(form):
     assert ((found - x).mean(0)).abs().max() <= 5 * step / 2 / 4000**0.5
     again = Keeper(form, generator=generator()).keep(x)
     other = Keeper(form, generator=generator(1)).keep(x)
-    assert all(torch.equal(a, b) for a, b in zip(kept.tensors, again.tensors))
+    assert all(torch.equal(a, b) for a, b in zip(kept.tensors, again.tensors, strict=True))
     assert not torch.equal(kept.tensors[0], other.tensors[0])
 
 
