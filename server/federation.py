@@ -208,8 +208,9 @@ def _build_supernet(description: dict[str, Any], generator: torch.Generator) -> 
 
 def _plans(conf: FinetuneConf) -> list[list[PlanOf]]:
     """The plans in order of preference, each with the ways of recomputing that are allowed."""
+    levers = {"statistics": conf.statistics, "lean": conf.lean, "micro_batch": conf.micro_batch}
     return [
-        [partial(build_plan, name, recompute=again, statistics=conf.statistics) for again in _RECOMPUTE[conf.recompute]]
+        [partial(build_plan, name, recompute=again, **levers) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans
     ]
 

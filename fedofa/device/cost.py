@@ -124,7 +124,8 @@ class AnalyticCostModel(CostModel):
     ) -> int:
         """Weights, the received copy, gradients, optimiser state, inputs, kept activations and the widest temporary.
 
-        A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
+        A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well. For lean
+        operations this is an upper bound: `fedofa.finetune.memory` follows what they keep.
         """
         again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
@@ -135,4 +136,6 @@ class AnalyticCostModel(CostModel):
         temporary = 2 * max(block.widest_elements for block in blocks)
         values = 2 * parameters + trained * (1 + work.optimiser_slots)
         batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
-        return _BYTES * (values + batch * (kept + temporary) + work.num_examples * blocks[0].input_elements)
+        at_a_time = min(plan.micro_batch or batch, batch)
+        inputs = (work.num_examples + batch - at_a_time) * blocks[0].input_elements
+        return _BYTES * (values + at_a_time * (kept + temporary) + inputs)

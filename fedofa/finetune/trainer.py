@@ -20,6 +20,9 @@ from fedofa.types.plan import FineTunePlan
 
 OPTIMISERS = ("sgd", "adamw")
 
+_ROUNDING = 1
+"""Tells the draws that round compressed activations from those of the batches' order, by the seed."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
@@ -98,14 +101,16 @@ def fine_tune(
         inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
         labels: `(num_examples,)`, int64.
         training: the recipe.
-        generator: draws the batches' order. Dropout draws from torch's default generator, which the caller seeds.
+        generator: draws the batches' order; another one of the same seed draws the rounding of compressed activations.
+            Dropout draws from torch's default generator, which the caller seeds.
     """
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
     _check_levers(plan, training)
     losses = []
     inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
-    with planned(model, plan, generator) as parameters:
+    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
+    with planned(model, plan, rounding) as parameters:
         optimiser = _build_optimiser(parameters, training)
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
         with _stepping_in_backward(parameters, optimiser, plan):
