@@ -231,6 +231,8 @@ class FinetuneConf:
     plans: list[str] = MISSING  # in order of preference: "full", "last_blocks(k)", "bias", "head"
     recompute: str = MISSING  # gradient checkpointing: "auto" where it buys a larger subnet | "never" | "always"
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
+    lean: bool = MISSING  # operations that keep only what their gradients need
+    micro_batch: int = MISSING  # examples at a time, gradients being added up; 0: the whole batch
     optimiser: str = MISSING  # "sgd" | "adamw"
     learning_rate: float = MISSING
     decay: str = MISSING  # of the learning rate over the rounds: "none" | "cosine" (to a hundredth)

@@ -253,9 +253,10 @@ def build_first(description: dict[str, Any], generator: torch.Generator) -> Supe
 
 def _plans(conf: FinetuneConf, *, parametrised: bool = False) -> list[list[PlanOf]]:
     """The plans in order of preference, each with the ways of recomputing that are allowed."""
-    same = {"statistics": conf.statistics, "parametrised": parametrised}
+    settings = {"statistics": conf.statistics, "lean": conf.lean, "micro_batch": conf.micro_batch}
+    settings |= {"parametrised": parametrised}
     return [
-        [partial(build_plan, name, recompute=again, **same) for again in _RECOMPUTE[conf.recompute]]
+        [partial(build_plan, name, recompute=again, **settings) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans
     ]
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class AnalyticCostModel(CostModel):
 
     def _backward_macs(self, blocks: Sequence[BlockCost], names: set[str], plan: FineTunePlan) -> int:
         """MACs of one example's backward pass; a recomputed block runs forward once more."""
-        again = set(plan.recompute)
+        again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
         return sum(block.macs * (_BACKWARD_PASSES + (block.name in again)) for block in backward)
 
@@ -144,9 +145,10 @@ class AnalyticCostModel(CostModel):
     ) -> int:
         """Weights, the received copy, gradients, optimiser state, inputs, kept activations and the widest temporary.
 
-        A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well.
+        A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well. For lean
+        operations this is an upper bound: `fedofa.finetune.memory` follows what they keep.
         """
-        again = set(plan.recompute)
+        again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
         kept = sum(block.input_elements if block.name in again else block.saved_elements for block in backward)
         kept += max(
@@ -156,7 +158,9 @@ class AnalyticCostModel(CostModel):
         composed = 2 * sum(block.step_elements for block in blocks)  # with their gradients
         values = 2 * parameters + composed + trained * (1 + work.optimiser_slots)
         batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
-        return _BYTES * (values + batch * (kept + temporary) + work.num_examples * blocks[0].input_elements)
+        at_a_time = min(plan.micro_batch or batch, batch)
+        inputs = (work.num_examples + batch - at_a_time) * blocks[0].input_elements
+        return _BYTES * (values + at_a_time * (kept + temporary) + inputs)
 
 
 def forward_bytes(blocks: Sequence[BlockCost], work: LocalWork, *, beside: int = 0) -> int:

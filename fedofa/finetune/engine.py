@@ -1,33 +1,41 @@
 """The seam between a plan and the layers: puts a plan onto a plain module for the time of a training run.
 
-The model does not know of plans. Here its parameters are frozen or freed, its norms put into their mode and its blocks
-checkpointed; memory-lean operations are to be swapped in at the same place.
+The model does not know of plans. Here its parameters are frozen or freed, its norms put into their mode, memory-lean
+operations swapped in and its blocks checkpointed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from fedofa.finetune.ops.kept import Keeper
+from fedofa.finetune.ops.swap import lean
+from fedofa.finetune.plans import MICRO_BATCH_REFUSAL
+from fedofa.finetune.recompute import recomputed
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 
 
 @contextmanager
-def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]]:
+def planned(
+    model: nn.Module, plan: FineTunePlan, generator: torch.Generator | None = None
+) -> Iterator[list[nn.Parameter]]:
     """Within the context the model trains as the plan says; afterwards every block computes as before.
+
+    Args:
+        model: the subnet; plan: what trains and how.
+        generator: draws the directions in which compressed activations are rounded; only such plans need it.
 
     Yields:
         The trainable parameters, in the plan's order.
 
     Raises:
-        ConfigError: when the plan names a parameter or block that the model does not have.
+        ConfigError: when the plan names a parameter or block that the model does not have, or cannot be exact on it.
     """
     parameters = dict(model.named_parameters())
     unknown = [name for name in plan.trainable if name not in parameters]
@@ -39,26 +47,43 @@ def planned(model: nn.Module, plan: FineTunePlan) -> Iterator[list[nn.Parameter]
         parameter.grad = None
     model.train()
     use_channels_last(model)
+    with ExitStack() as stack:
+        stack.enter_context(_norms_in_mode(model, plan))
+        if plan.lean:
+            coded = plan.kept != "float32"
+            keeper = Keeper(plan.kept, plan.kept_fraction, generator)
+            stack.enter_context(lean(model, keeper, codes_swish=coded))
+        else:
+            stack.enter_context(_group_norms_asking(model))
+        for segment in plan.recompute:
+            stack.enter_context(recomputed([_block(model, name, plan) for name in segment]))
+        yield [parameters[name] for name in plan.trainable]
+
+
+@contextmanager
+def _norms_in_mode(model: nn.Module, plan: FineTunePlan) -> Iterator[None]:
+    """Batch norms in the plan's mode; their running statistics are the server's business and stay as they came."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if norms and plan.micro_batch and plan.statistics == "batch":
+        raise ConfigError(f"plan {plan.name!r}: {MICRO_BATCH_REFUSAL}")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # running statistics are the server's business and stay as they came
+        norm.momentum = 0.0
         norm.train(plan.statistics == "batch")
-    hooks = [
-        module.register_forward_pre_hook(_want_input_gradient)
-        for module in model.modules()
-        if isinstance(module, nn.GroupNorm)
-    ]
-    checkpointed = []
     try:
-        for name in dict.fromkeys(plan.recompute):
-            checkpointed.append(_checkpoint_block(model, name, plan))
-        yield [parameters[name] for name in plan.trainable]
+        yield
     finally:
-        for block in checkpointed:
-            del block.forward  # the instance's override; the class's forward shows again
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@contextmanager
+def _group_norms_asking(model: nn.Module) -> Iterator[None]:
+    norms = (module for module in model.modules() if isinstance(module, nn.GroupNorm))
+    hooks = [norm.register_forward_pre_hook(_want_input_gradient) for norm in norms]
+    try:
+        yield
+    finally:
         for hook in hooks:
             hook.remove()
 
@@ -86,11 +111,8 @@ def use_channels_last(model: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _checkpoint_block(model: nn.Module, name: str, plan: FineTunePlan) -> nn.Module:
-    """Recompute one block's activations in the backward pass; `torch.utils.checkpoint` restores the random state."""
+def _block(model: nn.Module, name: str, plan: FineTunePlan) -> nn.Module:
     try:
-        block = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise ConfigError(f"plan {plan.name!r} recomputes {name!r}, which this subnet does not have") from None
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    return block

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fedofa.supernet.costs import BlockCost, in_backward
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 
 KINDS = ("full", "last_blocks(k)", "head", "bias")
+
+MICRO_BATCH_REFUSAL = (
+    "micro-batches change what batch norm computes where it takes the batch's own statistics; set "
+    "finetune.statistics=frozen, use group norm, or train with micro_batch 0"
+)
 
 _LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
 
@@ -21,6 +26,8 @@ def build_plan(
     recompute: bool = False,
     statistics: str = "batch",
     parametrised: bool = False,
+    lean: bool = False,
+    micro_batch: int = 0,
 ) -> FineTunePlan:
     """The plan of that name for one subnet.
 
@@ -32,18 +39,55 @@ def build_plan(
         recompute: checkpoint every elastic block that lies in the backward pass: keep its input only.
         statistics: batch norm's mode, "batch" or "frozen".
         parametrised: whether the blocks are those of the parametrised subnet.
+        lean, micro_batch: as in `FineTunePlan`.
 
     Raises:
-        ConfigError: for an unknown plan.
+        ConfigError: for an unknown plan, or for micro-batches where batch norm takes statistics of the batch.
     """
     if statistics not in ("batch", "frozen"):
         raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
     trainable = set(_trainable(name, blocks))
     ordered = tuple(item.name for block in blocks for item in block.parameters if item.name in trainable)
-    checkpointed = ()
+    segments = ()
     if recompute:
-        checkpointed = tuple(block.name for block in in_backward(blocks, trainable) if is_elastic(block))
-    return FineTunePlan(name, ordered, checkpointed, statistics, parametrised)
+        segments = tuple((block.name,) for block in in_backward(blocks, trainable) if is_elastic(block))
+    if micro_batch and statistics == "batch" and any(block.num_statistics for block in blocks):
+        raise ConfigError(MICRO_BATCH_REFUSAL)
+    return FineTunePlan(name, ordered, segments, statistics, parametrised, lean, micro_batch)
+
+
+def choose_segments(blocks: Sequence[BlockCost], trainable: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """The checkpointed segments, of uneven length, with which the least is kept at a time.
+
+    What is kept are the segments' inputs and, while one of them runs again, what lies inside it. Blocks are grouped in
+    order until a segment would hold more than a bound; the best bound is taken. Segments cover the blocks in the
+    backward pass up to the last elastic one.
+    """
+    chain = list(in_backward(blocks, trainable))
+    while chain and not is_elastic(chain[-1]):
+        chain.pop()
+    bounds = sorted({sum(block.saved_elements for block in chain[:end]) for end in range(1, len(chain) + 1)})
+    grouped = (_grouped(chain, bound) for bound in bounds)
+    best = min(grouped, key=_kept_at_a_time, default=[])
+    return tuple(tuple(block.name for block in segment) for segment in best)
+
+
+def _grouped(chain: Sequence[BlockCost], bound: int) -> list[list[BlockCost]]:
+    """Segments of consecutive blocks that hold at most `bound` values; a larger block is a segment of its own."""
+    segments: list[list[BlockCost]] = []
+    held = 0
+    for block in chain:
+        if not segments or held + block.saved_elements > bound:
+            segments.append([])
+            held = 0
+        segments[-1].append(block)
+        held += block.saved_elements
+    return segments
+
+
+def _kept_at_a_time(segments: Sequence[Sequence[BlockCost]]) -> int:
+    inside = max(sum(block.saved_elements for block in segment) for segment in segments)
+    return sum(segment[0].input_elements for segment in segments) + inside
 
 
 def is_elastic(block: BlockCost) -> bool:

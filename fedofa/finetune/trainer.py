@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import UnionType
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.engine import planned
+from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd
 from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.plan import FineTunePlan
 
@@ -20,6 +22,8 @@ OPTIMISERS = ("sgd", "adamw")
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From a batch's logits `(batch, num_classes)` and the indices of its examples `(batch,)` to the loss."""
+_ROUNDING = 1
+"""Tells the draws that round compressed activations from those of the batches' order, by the seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,28 +104,30 @@ def fine_tune(
         inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
         labels: `(num_examples,)`, int64.
         training: the recipe.
-        generator: draws the batches' order. Dropout draws from torch's default generator, which the caller seeds.
-        objective: what is minimised; by default the cross-entropy of `label_objective`.
+        generator: draws the batches' order; another one of the same seed draws the rounding of compressed activations.
+            Dropout draws from torch's default generator, which the caller seeds.
+        objective: what is minimised, a mean over examples; by default the cross-entropy of `label_objective`.
     """
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
+    _check_levers(plan, training)
     losses = []
     objective = objective or label_objective(labels, training.label_smoothing)
     inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
-    with planned(model, plan) as parameters:
+    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
+    with planned(model, plan, rounding) as parameters:
         optimiser = _build_optimiser(parameters, training)
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
-        for batch in _batches(len(labels), training, generator):
-            for parameter in parameters:
-                parameter.grad = None
-            logits = model(shifted(inputs[batch], training.max_shift, generator))
-            loss = objective(logits, batch)
-            loss.backward()
-            _add_proximal_gradient(parameters, anchors, training.proximal_mu)
-            if training.max_gradient_norm:
-                nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
-            optimiser.step()
-            losses.append(loss.detach())
+        with _stepping_in_backward(parameters, optimiser, plan):
+            for batch in _batches(len(labels), training, generator):
+                for parameter in parameters:
+                    parameter.grad = None
+                images = shifted(inputs[batch], training.max_shift, generator)
+                losses.append(_backward(model, images, batch, plan, objective))
+                _add_proximal_gradient(parameters, anchors, training.proximal_mu)
+                if training.max_gradient_norm:
+                    nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+                optimiser.step()
     weights = {
         name: parameter.detach().cpu().numpy() - received[name]
         for name, parameter in zip(plan.trainable, parameters, strict=True)
@@ -152,12 +158,57 @@ def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tenso
     )
 
 
-def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> torch.optim.Optimizer:
+def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
+    """Refuse a recipe that needs all gradients at once under a plan that never has them."""
+    if not plan.fused_step:
+        return
+    clashes = {
+        "optimiser": training.optimiser != "sgd",
+        "max_gradient_norm": training.max_gradient_norm > 0,
+        "proximal_mu": training.proximal_mu > 0,
+    }
+    for name, clash in clashes.items():
+        if clash:
+            raise ConfigError(
+                f"plan {plan.name!r} fuses the optimiser's step into the backward pass, which goes with plain SGD "
+                f"only; found finetune.{name}={getattr(training, name)!r}"
+            )
+
+
+def _backward(model: nn.Module, images: Tensor, batch: Tensor, plan: FineTunePlan, objective: Objective) -> Tensor:
+    """Add the gradients of the batch's mean loss, one micro-batch after the other; returns that loss."""
+    size = plan.micro_batch or len(batch)
+    total = None
+    for start in range(0, len(batch), size):
+        part = batch[start : start + size]
+        loss = objective(model(images[start : start + size]), part)
+        loss = loss if len(part) == len(batch) else loss * (len(part) / len(batch))
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:
+        raise DatasetError("a batch needs at least 1 example, found none")
+    return total
+
+
+@contextmanager
+def _stepping_in_backward(
+    parameters: Sequence[nn.Parameter], optimiser: Optimiser, plan: FineTunePlan
+) -> Iterator[None]:
+    """Where the plan says so, every parameter is changed as soon as its gradient is there."""
+    hooks = []
+    if plan.fused_step and isinstance(optimiser, Sgd):
+        hooks = [parameter.register_post_accumulate_grad_hook(optimiser.step_one) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> Optimiser:
     if training.optimiser == "adamw":
-        return torch.optim.AdamW(parameters, training.learning_rate, weight_decay=training.weight_decay, fused=True)
-    return torch.optim.SGD(
-        parameters, training.learning_rate, training.momentum, weight_decay=training.weight_decay, fused=True
-    )
+        return AdamW(parameters, training.learning_rate, training.weight_decay)
+    return Sgd(parameters, training.learning_rate, training.momentum, training.weight_decay)
 
 
 def _add_proximal_gradient(parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor], mu: float) -> None:

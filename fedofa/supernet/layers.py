@@ -82,11 +82,14 @@ class SamePad(nn.Module):
         self.kernel = kernel
         self.stride = stride
 
+    def zeros(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The zeros left, right, above and below of a map of that size."""
+        return *same_padding(width, self.kernel, self.stride), *same_padding(height, self.kernel, self.stride)
+
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, channels, h, w)` to `(batch, channels, h + zeros, w + zeros)`."""
-        top, bottom = same_padding(x.shape[2], self.kernel, self.stride)
-        left, right = same_padding(x.shape[3], self.kernel, self.stride)
-        return functional.pad(x, (left, right, top, bottom)) if top + bottom + left + right else x
+        zeros = self.zeros(*x.shape[2:])
+        return functional.pad(x, zeros) if any(zeros) else x
 
 
 class ConvNormAct(nn.Module):

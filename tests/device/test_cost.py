@@ -86,7 +86,7 @@ def test_a_parametrised_subnets_bytes_are_those_of_its_tensors(seed):
 
 
 def test_a_recomputed_partial_round_by_hand():
-    plan = FineTunePlan("last", ("stages.0.0.w", "head.w"), ("stages.0.0",))
+    plan = FineTunePlan("last", ("stages.0.0.w", "head.w"), (("stages.0.0",),))
     cost = MODEL.cost(BLOCKS, plan, PROFILE, replace(WORK, optimiser_slots=2, num_examples=3))
     batch = 3  # the client has no more
     values = 2 * 79 + 59 * (1 + 2)
@@ -159,3 +159,12 @@ def test_the_download_is_the_payloads_values():
     blocks = supernet.block_costs(subnet)
     payload = sum(tensor.numel() for tensor in supernet.build(subnet).state_dict().values()) * WORK.wire_bytes
     assert MODEL.cost(blocks, build_plan("full", blocks), PROFILE, WORK).download_bytes == payload
+
+
+def test_micro_batches_keep_less_and_the_batch_waits_beside_them():
+    plan = FineTunePlan("full", ("stem.w", "stages.0.0.w", "head.w"))
+    whole, micro = (MODEL.cost(BLOCKS, replace(plan, micro_batch=size), PROFILE, WORK) for size in (0, 2))
+    per_example = 7 + 30 + 8 + 2 * 17
+    waiting = 3 * BLOCKS[0].input_elements
+    assert whole.training_bytes - micro.training_bytes == 4 * (3 * per_example - waiting)
+    assert micro.compute_seconds == whole.compute_seconds

@@ -58,7 +58,7 @@ def test_recomputed_blocks_run_twice_and_are_restored():
     for name in ("stages.1.0", "stages.2.1", "final"):
         layer = model.get_submodule(f"{name}.expand.conv" if name != "final" else "final.conv")
         layer.register_forward_hook(lambda module, inputs, output, name=name: calls.append(name))
-    plan = FineTunePlan("full", ("stem.conv.weight",), ("stages.1.0", "stages.2.1"), "frozen")
+    plan = FineTunePlan("full", ("stem.conv.weight",), (("stages.1.0",), ("stages.2.1",)), "frozen")
     with planned(model, plan):
         model.dropout.p = 0.0
         model(X).sum().backward()
@@ -80,7 +80,7 @@ def test_names_that_the_subnet_does_not_have_are_refused_and_leave_no_block_chec
     model = SUPERNET.build(SUBNET)
     with pytest.raises(ConfigError, match=r"plan 'p' trains \['nope'\], which this subnet does not have"):
         planned(model, FineTunePlan("p", ("stem.conv.weight", "nope"))).__enter__()
-    plan = FineTunePlan("p", ("stem.conv.weight",), ("stages.1.0", "stages.9.0"))
+    plan = FineTunePlan("p", ("stem.conv.weight",), (("stages.1.0",), ("stages.9.0",)))
     with pytest.raises(ConfigError, match=r"plan 'p' recomputes 'stages\.9\.0', which this subnet does not have"):
         planned(model, plan).__enter__()
     assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]

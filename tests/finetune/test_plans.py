@@ -46,7 +46,7 @@ def test_a_plan_trains_exactly_these_in_the_subnets_order(name, trainable):
 )
 def test_recomputation_covers_the_elastic_blocks_in_the_backward_pass(name, recompute):
     plan = build_plan(name, BLOCKS, recompute=True)
-    assert plan.recompute == tuple(recompute)
+    assert plan.recompute == tuple((name,) for name in recompute)
     assert plan.trainable == build_plan(name, BLOCKS).trainable
     assert plan.digest() != build_plan(name, BLOCKS).digest() or not recompute
 

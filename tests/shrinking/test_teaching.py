@@ -60,3 +60,19 @@ def test_a_taught_parametrised_subnet_becomes_like_its_teacher_and_its_matrices_
     for name, change in result.weights.items():
         assert change.shape == received[name].shape
         assert ".matrix_" not in name or np.abs(change).max() > 1e-6, name
+
+
+def test_lean_operations_train_a_parametrised_subnet_as_stock_ones_do():
+    received = SUPERNET.slice_map(STUDENT, True).extract(SUPERNET.state().tensors)
+    training = LocalTraining(learning_rate=0.05, epochs=1, batch_size=8)
+    results = []
+    for lean in (False, True):
+        torch.manual_seed(0)  # of dropout
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in received.items()}
+        module = fill_skeleton(SUPERNET.structure(STUDENT, True), tensors)
+        plan = build_plan("full", SUPERNET.costs(STUDENT, True), parametrised=True, lean=lean)
+        results.append(fine_tune(module, plan, received, INPUTS, LABELS, training, torch.Generator().manual_seed(0)))
+    stock, own = results
+    assert max(np.abs(change).max() for change in stock.weights.values()) > 1e-3
+    for name, change in stock.weights.items():
+        np.testing.assert_allclose(own.weights[name], change, atol=2e-5, rtol=1e-3, err_msg=name)

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from fedofa.types.errors import ConfigError
-from fedofa.types.plan import FineTunePlan
+from fedofa.types.plan import LEVERS, FineTunePlan
 
-PLAN = FineTunePlan("bias", ("stem.norm.bias", "classifier.weight"), ("stages.1.0",), "frozen")
+PLAN = FineTunePlan("bias", ("stem.norm.bias", "classifier.weight"), (("stages.1.0", "stages.1.1"),), "frozen")
 
 
 def test_round_trip():
@@ -17,7 +17,7 @@ def test_round_trip():
 
 
 def test_the_digest_is_the_same_on_every_machine_and_release():
-    assert PLAN.digest() == "c9d40648d465f21c"
+    assert PLAN.digest() == "ee72c6df0e91829e"
 
 
 @pytest.mark.parametrize(
@@ -26,15 +26,21 @@ def test_the_digest_is_the_same_on_every_machine_and_release():
         {"name": "full"},
         {"trainable": PLAN.trainable[::-1]},
         {"recompute": ()},
+        {"recompute": (("stages.1.0",), ("stages.1.1",))},
         {"statistics": "batch"},
         {"parametrised": True},
+        {"lean": True},
+        {"micro_batch": 2},
+        {"lean": True, "kept": "int8"},
+        {"lean": True, "kept_fraction": 0.5},
+        {"fused_step": True},
     ],
 )
 def test_the_digest_covers_everything(change):
     assert replace(PLAN, **change).digest() != PLAN.digest()
 
 
-@pytest.mark.parametrize("missing", ["name", "trainable", "recompute", "statistics"])
+@pytest.mark.parametrize("missing", ["name", "trainable", "recompute", "statistics", "lean", "kept"])
 def test_what_is_missing_is_named(missing):
     value = PLAN.to_json()
     del value[missing]
@@ -46,3 +52,58 @@ def test_what_is_missing_is_named(missing):
 def test_from_json_refuses_what_is_not_a_plan(value):
     with pytest.raises(ConfigError, match="not a fine-tuning plan"):
         FineTunePlan.from_json(value)
+
+
+TABLE = {
+    "micro_batch recompute": True,
+    "micro_batch lean": True,
+    "micro_batch fused_step": False,
+    "recompute lean": True,
+    "recompute fused_step": True,
+    "lean compressed": True,
+    "lean pruned": True,
+    "lean fused_step": True,
+    "compressed": False,
+    "pruned": False,
+    "compressed micro_batch": False,
+    "lean compressed micro_batch": True,
+    "lean compressed recompute": True,
+    "lean compressed fused_step": True,
+    "lean compressed pruned": False,
+    "lean pruned micro_batch": True,
+    "lean pruned recompute": True,
+    "lean pruned fused_step": True,
+}
+SETTINGS = {
+    "micro_batch": {"micro_batch": 1},
+    "recompute": {"recompute": (("stages.1.0",),)},
+    "lean": {"lean": True},
+    "compressed": {"kept": "int8"},
+    "pruned": {"kept_fraction": 0.5},
+    "fused_step": {"fused_step": True},
+}
+
+
+@pytest.mark.parametrize(("levers", "together"), TABLE.items())
+def test_which_levers_go_together(levers, together):
+    settings = {name: value for lever in levers.split() for name, value in SETTINGS[lever].items()}
+    if together:
+        plan = FineTunePlan("p", ("w",), **settings)
+        assert plan.levers == frozenset(levers.split()) <= frozenset(LEVERS)
+        assert FineTunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    else:
+        with pytest.raises(ConfigError, match="plan 'p': .*(need lean|choose)"):
+            FineTunePlan("p", ("w",), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kept": "int2", "lean": True}, "kept: expected one of .* found 'int2'"),
+        ({"kept_fraction": 0.0, "lean": True}, r"kept_fraction: expected a number in \(0, 1\], found 0.0"),
+        ({"micro_batch": -1}, "micro_batch: expected at least 0, found -1"),
+    ],
+)
+def test_levers_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        FineTunePlan("p", ("w",), **settings)

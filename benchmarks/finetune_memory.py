@@ -1,0 +1,161 @@
+"""What fine-tuning MobileNetV2 takes under each plan: `python benchmarks/finetune_memory.py`, one thread.
+
+Width 1.0, 224 pixels, 100 classes, batch 16, each row in a process of its own. `saved` is what autograd keeps of one
+forward pass; `peak` the most resident memory of two steps above that of the process just before them, model, examples
+and torch's kernels included in the latter; `process` the most of the whole process; `time` the CPU time of a step over
+that of the first row. Rows that begin with "stock" run with glibc's allocator as it is, the others with
+`tune_allocator`.
+
+The last line is for machines: `best_mb` is the least peak of an exact row that is not slower than the first.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedofa.finetune.engine import planned
+from fedofa.finetune.memory import tune_allocator
+from fedofa.finetune.plans import build_plan, choose_segments
+from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.supernet.chain import ChainSupernet
+from fedofa.supernet.pretrained import READY_MADE
+from fedofa.types.plan import FineTunePlan
+
+_BATCH = 16
+_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: the kind of plan and its levers; `segments` stands for chosen checkpoint segments."""
+
+    name: str
+    kind: str
+    levers: dict[str, Any]
+    each_block: bool = False
+    segments: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether gradients are those of stock autograd."""
+        return self.levers.get("kept", "float32") == "float32" and self.levers.get("kept_fraction", 1.0) == 1
+
+
+_FROZEN, _LEAN = {"statistics": "frozen"}, {"statistics": "frozen", "lean": True}
+ROWS = (
+    Row("stock full, batch statistics", "full", {"statistics": "batch"}),
+    Row("stock full, each block checkpointed", "full", {"statistics": "batch"}, each_block=True),
+    Row("stock bias", "bias", _FROZEN),
+    Row("stock full, micro-batch 1", "full", {**_FROZEN, "micro_batch": 1}),
+    Row("full, lean, batch statistics", "full", {"statistics": "batch", "lean": True}),
+    Row("full, lean", "full", _LEAN),
+    Row("full, lean, fused step", "full", {**_LEAN, "fused_step": True}),
+    Row("full, lean, int8", "full", {**_LEAN, "kept": "int8"}),
+    Row("full, lean, micro-batch 4", "full", {**_LEAN, "micro_batch": 4}),
+    Row("full, lean, micro-batch 1", "full", {**_LEAN, "micro_batch": 1}),
+    Row("full, lean, micro-batch 1, segments", "full", {**_LEAN, "micro_batch": 1}, segments=True),
+    Row("full, lean, micro-batch 1, int8", "full", {**_LEAN, "micro_batch": 1, "kept": "int8"}),
+    Row("bias, lean", "bias", _LEAN),
+    Row("bias, lean, micro-batch 4", "bias", {**_LEAN, "micro_batch": 4}),
+    Row("bias, lean, micro-batch 1", "bias", {**_LEAN, "micro_batch": 1}),
+    Row("last 4 blocks, lean, micro-batch 1", "last_blocks(4)", {**_LEAN, "micro_batch": 1}),
+    Row("head, lean, micro-batch 1", "head", {**_LEAN, "micro_batch": 1}),
+)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most since it was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def saved_bytes(model: nn.Module, plan: FineTunePlan, inputs: Tensor) -> int:
+    """What autograd keeps of one forward pass, parameters left out."""
+    own = {item.untyped_storage().data_ptr() for item in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with planned(model, plan, torch.Generator()), torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
+        kept = model(inputs[: plan.micro_batch or len(inputs)])
+    del kept
+    return sum(size for pointer, size in sizes.items() if pointer not in own)
+
+
+def measure(row: Row) -> dict[str, float]:
+    """One row, in this process."""
+    torch.set_num_threads(1)
+    if not row.name.startswith("stock"):
+        tune_allocator()
+    spec = replace(READY_MADE["mobilenet_v2"], num_classes=100)
+    supernet = ChainSupernet(spec, torch.Generator().manual_seed(0))
+    subnet = supernet.space.largest()
+    blocks = supernet.block_costs(subnet)
+    plan = replace(build_plan(row.kind, blocks, recompute=row.each_block), **row.levers)
+    if row.segments:
+        plan = replace(plan, recompute=choose_segments(blocks, plan.trainable))
+    model = supernet.build(subnet)
+    received = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    inputs = torch.randn(_BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(_BATCH) % 100
+
+    def train(images: Tensor, steps: int) -> None:
+        training = LocalTraining(batch_size=len(images), max_steps=steps, learning_rate=1e-3)
+        generator = torch.Generator().manual_seed(0)
+        fine_tune(model, plan, received, images, labels[: len(images)], training, generator)
+
+    train(inputs[:2, :, :64, :64], 1)  # loads the kernels
+    gc.collect()
+    base = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    began = time.thread_time()
+    train(inputs, _STEPS)
+    seconds = (time.thread_time() - began) / _STEPS
+    peak = resident("VmHWM")
+    return {
+        "saved": saved_bytes(model, plan, inputs) / 1e6,
+        "peak": (peak - base) / 1e6,
+        "process": peak / 1e6,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    """Measure every row in a process of its own and print the table."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(ROWS[int(sys.argv[1])])))
+        return
+    found = []
+    print(f"{'plan':40} {'saved MB':>9} {'peak MB':>9} {'process MB':>11} {'time':>6}")
+    for number, row in enumerate(ROWS):
+        command = [sys.executable, __file__, str(number)]
+        result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        found.append(result)
+        ratio = result["seconds"] / found[0]["seconds"]
+        print(
+            f"{row.name:40} {result['saved']:9.1f} {result['peak']:9.1f} {result['process']:11.1f} {ratio:6.2f}",
+            flush=True,
+        )
+    stock = found[0]
+    eligible = [item for row, item in zip(ROWS, found, strict=True) if row.is_exact and row.kind == "full"]
+    best = min((item for item in eligible if item["seconds"] <= stock["seconds"]), key=lambda item: item["peak"])
+    print(
+        f"full_mb={stock['peak']:.1f} best_mb={best['peak']:.1f} ratio={stock['peak'] / best['peak']:.1f} "
+        f"time_ratio={best['seconds'] / stock['seconds']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Convolution, norm and activation as one differentiable operation that keeps only what its gradients need.
+
+What that is depends on what trains. A convolution's input is needed for its weight's gradient alone; a norm's input for
+its weight's gradient, and where it normalises with statistics of that input; an activation's derivative is computed
+from the norm's input where that is kept, and otherwise kept as one bit a value. The result itself is not kept for the
+next convolution where it can be computed from the norm's input again (see `recipes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from fedofa.finetune.ops.codes import dense, like
+from fedofa.finetune.ops.convolution import ConvGeometry
+from fedofa.finetune.ops.kept import Keeper, Kept, as_is
+from fedofa.finetune.ops.parts import Activation, Norm, affine
+from fedofa.finetune.ops.recipes import Shelf, Ticket, recipe_of, set_recipe, take
+
+Zeros = Callable[[int, int], tuple[int, int, int, int]]
+"""The zeros left, right, above and below of a map of that height and width."""
+
+Parameters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Weight and bias of the convolution, weight and bias of the norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one operation is made of, each where it is not None: padding, convolution, norm, activation.
+
+    Args:
+        keeper: the form in which it keeps activations.
+        codes_swish: a hard swish whose input is not kept anyway keeps one byte a value instead of the input, with which
+            its gradient is right to 1/254 of the result's.
+        conv, conv_layer: the convolution, and the layer whose parameters it uses.
+        norm, norm_layer: the norm likewise.
+    """
+
+    keeper: Keeper
+    codes_swish: bool
+    zeros: Zeros | None = None
+    conv: ConvGeometry | None = None
+    conv_layer: nn.Conv2d | None = None
+    norm: Norm | None = None
+    norm_layer: nn.Module | None = None
+    act: Activation | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`(batch, in_channels, h, w)` to `(batch, out_channels, h', w')`."""
+        conv, norm = self.conv_layer, self.norm_layer
+        weight, bias = (None, None) if conv is None else (conv.weight, conv.bias)
+        scale, shift = (None, None) if norm is None else (norm.weight, norm.bias)
+        recipes: list[Kept] = []
+        if torch.is_grad_enabled():
+            y = _Unit.apply(self, recipes, recipe_of(x), x, weight, bias, scale, shift)
+            return set_recipe(y, recipes[0]) if recipes else y
+        return self.run(x, (weight, bias, scale, shift), _Wants(), None).result
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The convolution's input with its zeros around it."""
+        zeros = (0, 0, 0, 0) if self.zeros is None else self.zeros(*x.shape[2:])
+        return functional.pad(x, zeros) if any(zeros) else x
+
+    def keeps_inner(self, wants: _Wants, recipe: Kept | None) -> bool:
+        """Whether the norm's input (without a norm: the activation's) is kept."""
+        if not wants.any:
+            return False
+        if self.norm is not None and self.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
+            return True
+        if self.act is None:
+            return False
+        return (self.conv is None and recipe is not None) or not (self.act.is_clamp or self.codes_swish)
+
+    def run(self, x: Tensor, parameters: Parameters, wants: _Wants, recipe: Kept | None) -> _Run:
+        """The forward pass; `recipe` is the input's. The result is a new tensor."""
+        weight, bias, scale, shift = parameters
+        run = _Run(x)
+        inner, own = (dense(x), False) if self.conv is None else (self.conv.forward(self.padded(x), weight, bias), True)
+        if wants.weight:
+            run.input = run.shelf.put(recipe or self.keeper.keep(x))
+        kept = None
+        if self.keeps_inner(wants, recipe):
+            kept = recipe if self.conv is None and recipe is not None else self.keeper.keep(inner)
+            own = own and not (self.keeper.is_exact)
+            run.inner = run.shelf.put(kept)
+        y, coefficients = inner, ()
+        if self.norm is not None:
+            (y, coefficients), own = self.norm.forward(inner, scale, shift, in_place=own), True
+            run.coefficients = run.shelf.put(Kept(coefficients, tuple, fresh=False)) if wants.any else None
+        if self.act is not None:
+            coded = wants.any and kept is None
+            code = self.act.pack(y, y) if coded and not self.act.is_clamp else None
+            y = self.act.apply(y, own)
+            code = self.act.pack(y, y) if coded and self.act.is_clamp else code
+            run.code = None if code is None else run.shelf.put(as_is(code))
+        run.result, run.stride = y, y.stride()
+        if kept is not None:
+            run.recipe = self._recipe(kept, coefficients[:2])
+        return run
+
+    def _recipe(self, kept: Kept, coefficients: tuple[Tensor, ...]) -> Kept:
+        """How to compute the result from what is kept of the norm's input."""
+        count, act = len(kept.tensors), self.act
+
+        def restore(tensors: tuple[Tensor, ...]) -> Tensor:
+            y, fresh = kept_again.restore(tensors[:count]), kept_again.fresh
+            if len(tensors) > count:
+                y, fresh = affine(y, *tensors[count:], in_place=fresh), True
+            return y if act is None else act.apply(y, fresh)
+
+        kept_again = Kept((), kept.restore, kept.fresh)
+        return Kept((*kept.tensors, *coefficients), restore, fresh=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wants:
+    """Whose gradients are wanted: the input's, and the parameters' (`Parameters`)."""
+
+    input: bool = False
+    weight: bool = False
+    bias: bool = False
+    scale: bool = False
+    shift: bool = False
+
+    @property
+    def inner(self) -> bool:
+        """Whether the gradient of the convolution's result is needed."""
+        return self.input or self.weight or self.bias
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a backward pass at all."""
+        return self.inner or self.scale or self.shift
+
+
+class _Run:
+    """One forward pass: its result, and the tickets of what it put on its shelf."""
+
+    __slots__ = ("code", "coefficients", "inner", "input", "recipe", "result", "shelf", "stride")
+
+    def __init__(self, x: Tensor) -> None:
+        self.shelf = Shelf()
+        self.result = x
+        self.stride = x.stride()
+        self.input: Ticket | None = None
+        self.inner: Ticket | None = None
+        self.coefficients: Ticket | None = None
+        self.code: Ticket | None = None
+        self.recipe: Kept | None = None
+
+
+class _Unit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, unit: Unit, recipes: list[Kept], recipe: Kept | None, x: Tensor, *parameters: Tensor | None):
+        ctx.wants = _Wants(*ctx.needs_input_grad[3:])
+        run = unit.run(x, parameters, ctx.wants, recipe)
+        if run.recipe is not None:
+            recipes.append(run.recipe)
+        ctx.unit, ctx.run, ctx.shape = unit, run, x.shape
+        weight, _, scale, _ = parameters
+        ctx.weight = None if not ctx.wants.inner or weight is None else run.shelf.put(as_is(weight))
+        ctx.scale = None if scale is None else run.shelf.put(as_is(scale))
+        ctx.save_for_backward(*run.shelf.tensors)
+        result, run.result, run.recipe, run.shelf = run.result, None, None, None
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        unit, run, wants, saved = ctx.unit, ctx.run, ctx.wants, ctx.saved_tensors
+        grad = like(
+            grad, run.stride
+        )  # torch's norms misread the gradient of a mean, which is spread out with strides 0
+        inner = take(saved, run.inner)
+        coefficients = take(saved, run.coefficients)
+        scale = shift = weight = bias = None
+        own = False
+        if unit.act is not None:
+            if inner is None:
+                grad = unit.act.coded_gradient(grad, take(saved, run.code))
+            else:
+                y = inner if coefficients is None else affine(inner, *coefficients[:2], in_place=False)
+                grad = unit.act.gradient(grad, y)
+            own = True
+        if unit.norm is not None:
+            keeps = unit.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale)
+            if keeps:
+                wanted = (wants.inner, wants.scale, wants.shift)
+                norm_weight = take(saved, ctx.scale)
+                grad, scale, shift = unit.norm.input_kept(grad, inner, norm_weight, coefficients[2:], wanted)
+            else:
+                shift = grad.sum((0, 2, 3)) if wants.shift else None
+                if wants.inner:
+                    grad = grad.mul_(coefficients[0]) if own else grad * coefficients[0]
+        inner = None
+        if unit.conv is None:
+            return None, None, None, grad if wants.input else None, None, None, scale, shift
+        bias = grad.sum((0, 2, 3)) if wants.bias else None
+        kernel = take(saved, ctx.weight)
+        if wants.weight:
+            weight = unit.conv.weight_gradient(grad, unit.padded(take(saved, run.input)), kernel)
+        grad = _input_gradient(unit, grad, kernel, ctx.shape) if wants.input else None
+        return None, None, None, grad, weight, bias, scale, shift
+
+
+def _input_gradient(unit: Unit, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of the input of that shape, without the zeros around it."""
+    if unit.zeros is None:
+        return unit.conv.input_gradient(grad, weight, shape)
+    left, right, top, bottom = unit.zeros(*shape[2:])
+    height, width = shape[2:]
+    padded = torch.Size((*shape[:2], height + top + bottom, width + left + right))
+    return unit.conv.input_gradient(grad, weight, padded)[:, :, top : top + height, left : left + width]
