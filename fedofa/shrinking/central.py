@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedofa.finetune.inputs import prepare_inputs, resized
+from fedofa.finetune.ops.depthwise import FastDepthwise
 from fedofa.finetune.trainer import shifted
 from fedofa.shrinking.losses import build_distance
 from fedofa.shrinking.sampling import PhaseSampler
@@ -185,7 +186,7 @@ class CentralShrinking:
 
     def _logits(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
         """A subnet's, float32, differentiable with respect to the shared weights."""
-        with self._autocast():
+        with self._autocast(), FastDepthwise():
             return self.supernet(x, subnet).float()
 
     def _autocast(self) -> torch.autocast:
