@@ -39,8 +39,8 @@ def plan_for_budget(
 ) -> BudgetedPlan:
     """The first kind of plan that fits at all, with the levers that cost it the least time.
 
-    Without levers if it fits; else with lean operations and the largest micro-batch, halved from the batch, that fits;
-    else also with checkpointed segments; else also with activations of 8 bits, which are no longer exact.
+    Operations are lean in every plan. The largest micro-batch that fits is taken, halved from the batch; where the
+    smallest does not, checkpointed segments come to it; then activations of 8 bits, which are no longer exact.
 
     Args:
         training: the recipe, whose batch size the gradients are those of.
@@ -84,15 +84,13 @@ def _ladders(
 ) -> Iterator[list[FineTunePlan]]:
     """Rows of plans of one kind, each plan smaller than the one before; later rows cost more time or exactness."""
     blocks = supernet.block_costs(subnet)
-    plain = build_plan(kind, blocks, statistics=statistics)
-    yield [plain]
-    lean = replace(plain, lean=True)
+    lean = build_plan(kind, blocks, statistics=statistics, lean=True)
     sizes = [size for size in (batch >> shift for shift in range(1, batch.bit_length())) if size]
     if statistics == "batch" and any(block.num_statistics for block in blocks):
         sizes = []
     halved = [lean, *(replace(lean, micro_batch=size) for size in sizes)]
     yield halved
-    segments = choose_segments(blocks, plain.trainable)
+    segments = choose_segments(blocks, lean.trainable)
     if segments:
         yield [replace(halved[-1], recompute=segments)]
     yield [replace(halved[-1], recompute=segments, kept="int8")]

@@ -24,8 +24,8 @@ from fedofa.types.plan import FineTunePlan
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _MMAP_BYTES = 1 << 16
 
-_SLACK_FRACTION = 0.06
-_SLACK_BYTES = 6 << 20
+_SLACK_FRACTION = 0.03
+_SLACK_BYTES = 7 << 20
 """What live tensors do not show: the kernels' own scratch space, pages that are not full, small blocks that stay."""
 
 

@@ -55,7 +55,7 @@ class Sgd(Optimiser):
             return
         if first and self._momentum:
             self._velocities.update((parameter, torch.empty_like(parameter)) for parameter in parameters)
-        torch._fused_sgd_(
+        torch.ops.aten._fused_sgd_(
             parameters,
             [parameter.grad for parameter in parameters],
             [self._velocities[parameter] for parameter in parameters] if self._momentum else [],

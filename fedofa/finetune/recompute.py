@@ -57,7 +57,7 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         x = x.detach().requires_grad_(wanted[0])

@@ -44,15 +44,13 @@ def test_live_bytes_follow_every_tensor_once_from_first_to_last():
     assert live.peak == 12000
 
 
-def test_a_large_budget_pulls_no_lever_and_smaller_ones_pull_more():
-    plain = plan_in(10**10)
-    assert (plain.plan.name, plain.plan.levers) == ("full", frozenset())
-    assert plan_in(plain.memory.total_bytes) == plain
-    lean = plan_in(plain.memory.total_bytes - 1)
+def test_a_large_budget_trains_whole_batches_and_a_smaller_one_halves_them():
+    lean = plan_in(10**10)
     assert (lean.plan.name, lean.plan.levers) == ("full", frozenset({"lean"}))
+    assert plan_in(lean.memory.total_bytes) == lean
     halved = plan_in(lean.memory.total_bytes - 1)
     assert (halved.plan.name, halved.plan.micro_batch) == ("full", 4)
-    assert halved.memory.total_bytes < lean.memory.total_bytes < plain.memory.total_bytes
+    assert halved.memory.total_bytes < lean.memory.total_bytes
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_would_do():
@@ -90,10 +88,10 @@ def test_segments_cover_the_chain_in_order_and_keep_less_than_one_or_all():
 
 @pytest.mark.slow
 def test_law_8_the_measured_peak_never_exceeds_the_figure():
-    """20 random (subnet, budget) pairs, each trained in a process of its own; `benchmarks/budget.py` does 200."""
+    """20 random (subnet, budget) pairs, each trained in a process of its own."""
     rows = []
-    for start in range(0, 20, 5):
-        command = [sys.executable, str(MEASURE), json.dumps({"seeds": list(range(start, start + 5))})]
+    for seed in range(20):
+        command = [sys.executable, str(MEASURE), json.dumps({"seeds": [seed]})]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
         assert done.returncode == 0, done.stderr[-2000:]
         rows += [json.loads(line) for line in done.stdout.splitlines()]

@@ -44,7 +44,7 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
         x, for_gate = take(saved, ctx.x), None
         if x is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     """Tensors, and how to make the wanted one of them; what `restore` gives may be written to only if `fresh`."""
 
     tensors: tuple[Tensor, ...]
-    restore: Callable[[tuple[Tensor, ...]], Tensor]
+    restore: Callable[[tuple[Tensor, ...]], Any]
     fresh: bool
 
 

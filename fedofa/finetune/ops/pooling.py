@@ -44,7 +44,7 @@ class _AveragePool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         layout = torch.channels_last if ctx.innermost else torch.contiguous_format
         shaped = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=layout)  # only its shape and layout are read
         return _aten.avg_pool2d_backward(grad.contiguous(memory_format=layout), shaped, *ctx.settings), None
@@ -96,7 +96,7 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (taps,) = ctx.saved_tensors
         indices = ctx.window.decode(taps, ctx.shape[3])
         layout = torch.channels_last if ctx.innermost else torch.contiguous_format

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fedofa.finetune.ops.kept import Kept
@@ -38,6 +40,6 @@ class Shelf:
         return start, len(self.tensors), Kept((), kept.restore, kept.fresh)
 
 
-def take(saved: tuple[Tensor, ...], ticket: Ticket | None) -> Tensor | None:
-    """The tensor that a ticket stands for, restored from what was saved; None without a ticket."""
+def take(saved: tuple[Tensor, ...], ticket: Ticket | None) -> Any:
+    """What a ticket stands for, restored from what was saved; None without a ticket."""
     return None if ticket is None else ticket[2].restore(saved[ticket[0] : ticket[1]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from fedofa.finetune.ops.recipes import Shelf, Ticket, recipe_of, set_recipe, ta
 Zeros = Callable[[int, int], tuple[int, int, int, int]]
 """The zeros left, right, above and below of a map of that height and width."""
 
-Parameters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Weight and bias of the convolution, weight and bias of the norm."""
+Parameters = tuple[Any, ...]
+"""Weight and bias of the convolution, weight and bias of the norm; tensors, or None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Unit:
         if torch.is_grad_enabled():
             y = _Unit.apply(self, recipes, recipe_of(x), x, weight, bias, scale, shift)
             return set_recipe(y, recipes[0]) if recipes else y
-        return self.run(x, (weight, bias, scale, shift), _Wants(), None).result
+        return self.run(x, (weight, bias, scale, shift), _Wants(), None)[0]
 
     def padded(self, x: Tensor) -> Tensor:
         """The convolution's input with its zeros around it."""
@@ -76,10 +77,10 @@ class Unit:
             return False
         return (self.conv is None and recipe is not None) or not (self.act.is_clamp or self.codes_swish)
 
-    def run(self, x: Tensor, parameters: Parameters, wants: _Wants, recipe: Kept | None) -> _Run:
-        """The forward pass; `recipe` is the input's. The result is a new tensor."""
+    def run(self, x: Tensor, parameters: Parameters, wants: _Wants, recipe: Kept | None) -> tuple[Tensor, _Run]:
+        """The forward pass; `recipe` is the input's. The result is a new tensor; with it comes what was kept."""
         weight, bias, scale, shift = parameters
-        run = _Run(x)
+        run = _Run()
         inner, own = (dense(x), False) if self.conv is None else (self.conv.forward(self.padded(x), weight, bias), True)
         if wants.weight:
             run.input = run.shelf.put(recipe or self.keeper.keep(x))
@@ -98,10 +99,10 @@ class Unit:
             y = self.act.apply(y, own)
             code = self.act.pack(y, y) if coded and self.act.is_clamp else code
             run.code = None if code is None else run.shelf.put(as_is(code))
-        run.result, run.stride = y, y.stride()
+        run.stride = y.stride()
         if kept is not None:
             run.recipe = self._recipe(kept, coefficients[:2])
-        return run
+        return y, run
 
     def _recipe(self, kept: Kept, coefficients: tuple[Tensor, ...]) -> Kept:
         """How to compute the result from what is kept of the norm's input."""
@@ -139,14 +140,13 @@ class _Wants:
 
 
 class _Run:
-    """One forward pass: its result, and the tickets of what it put on its shelf."""
+    """One forward pass: what it put on its shelf, and the tickets of it."""
 
-    __slots__ = ("code", "coefficients", "inner", "input", "recipe", "result", "shelf", "stride")
+    __slots__ = ("code", "coefficients", "inner", "input", "recipe", "shelf", "stride")
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self) -> None:
         self.shelf = Shelf()
-        self.result = x
-        self.stride = x.stride()
+        self.stride: tuple[int, ...] = ()
         self.input: Ticket | None = None
         self.inner: Ticket | None = None
         self.coefficients: Ticket | None = None
@@ -158,7 +158,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit: Unit, recipes: list[Kept], recipe: Kept | None, x: Tensor, *parameters: Tensor | None):
         ctx.wants = _Wants(*ctx.needs_input_grad[3:])
-        run = unit.run(x, parameters, ctx.wants, recipe)
+        result, run = unit.run(x, parameters, ctx.wants, recipe)
         if run.recipe is not None:
             recipes.append(run.recipe)
         ctx.unit, ctx.run, ctx.shape = unit, run, x.shape
@@ -166,25 +166,25 @@ class _Unit(torch.autograd.Function):
         ctx.weight = None if not ctx.wants.inner or weight is None else run.shelf.put(as_is(weight))
         ctx.scale = None if scale is None else run.shelf.put(as_is(scale))
         ctx.save_for_backward(*run.shelf.tensors)
-        result, run.result, run.recipe, run.shelf = run.result, None, None, None
+        run.recipe, run.shelf = None, Shelf()  # the context holds tickets, autograd the tensors
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         unit, run, wants, saved = ctx.unit, ctx.run, ctx.wants, ctx.saved_tensors
         grad = like(
             grad, run.stride
         )  # torch's norms misread the gradient of a mean, which is spread out with strides 0
         inner = take(saved, run.inner)
-        coefficients = take(saved, run.coefficients)
+        coefficients = take(saved, run.coefficients) or ()
         scale = shift = weight = bias = None
         own = False
         if unit.act is not None:
             if inner is None:
                 grad = unit.act.coded_gradient(grad, take(saved, run.code))
             else:
-                y = inner if coefficients is None else affine(inner, *coefficients[:2], in_place=False)
+                y = affine(inner, *coefficients[:2], in_place=False) if coefficients else inner
                 grad = unit.act.gradient(grad, y)
             own = True
         if unit.norm is not None:
@@ -204,15 +204,15 @@ class _Unit(torch.autograd.Function):
         kernel = take(saved, ctx.weight)
         if wants.weight:
             weight = unit.conv.weight_gradient(grad, unit.padded(take(saved, run.input)), kernel)
-        grad = _input_gradient(unit, grad, kernel, ctx.shape) if wants.input else None
+        grad = _input_gradient(unit, unit.conv, grad, kernel, ctx.shape) if wants.input else None
         return None, None, None, grad, weight, bias, scale, shift
 
 
-def _input_gradient(unit: Unit, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+def _input_gradient(unit: Unit, conv: ConvGeometry, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     """The gradient of the input of that shape, without the zeros around it."""
     if unit.zeros is None:
-        return unit.conv.input_gradient(grad, weight, shape)
+        return conv.input_gradient(grad, weight, shape)
     left, right, top, bottom = unit.zeros(*shape[2:])
     height, width = shape[2:]
     padded = torch.Size((*shape[:2], height + top + bottom, width + left + right))
-    return unit.conv.input_gradient(grad, weight, padded)[:, :, top : top + height, left : left + width]
+    return conv.input_gradient(grad, weight, padded)[:, :, top : top + height, left : left + width]
