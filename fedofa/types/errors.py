@@ -55,3 +55,7 @@ class TrackingError(FedofaError, RuntimeError):
 
 class SweepError(FedofaError, RuntimeError):
     """Runs of a sweep failed; the others are done."""
+
+
+class ProfileError(FedofaError, ValueError):
+    """A device profile or a latency table is damaged, of another device or family, or too noisy to be used."""
