@@ -1,4 +1,4 @@
-"""Latency tables: milliseconds an operator on one device, as a file and as a cost model; one format for any hardware."""
+"""Latency tables: milliseconds an operator on one device, as a file and as a cost model; one format for any device."""
 
 from __future__ import annotations
 

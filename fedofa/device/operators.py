@@ -126,7 +126,7 @@ class OperatorIndex:
 
     def __init__(self, space: SearchSpace, network: NetworkOf) -> None:
         self.encoding = Encoding(space)
-        self._network = network
+        self.network = network
         self.places = tuple(placed.part.name for placed in place_parts(network(space.largest())))
         self.operators: list[Operator] = []
         self._numbers: dict[Operator, int] = {}
@@ -197,7 +197,7 @@ class OperatorIndex:
     # -- building ----------------------------------------------------------------------------------------------------
 
     def _parts(self, row: np.ndarray) -> dict[str, tuple[Operator, BlockCost | None]]:
-        spec = self._network(self.encoding.subnet(row))
+        spec = self.network(self.encoding.subnet(row))
         return {placed.part.name: (operator_of(placed, spec.norm), placed.cost) for placed in place_parts(spec)}
 
     def _dependencies(self) -> list[list[int]]:

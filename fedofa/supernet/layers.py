@@ -187,7 +187,7 @@ class Network(nn.Sequential):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         for part in spec.parts:
-            self._add(part.name, copy_structure(_prototype(part, spec.norm, spec.norm_eps)))
+            self._add(part.name, build_part(part, spec.norm, spec.norm_eps))
         self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(spec.dropout)
         self.classifier = Linear(spec.features, spec.num_classes, device="meta")
@@ -215,6 +215,11 @@ def copy_structure(module: nn.Module) -> nn.Module:
     for name, child in module._modules.items():
         copied._modules[name] = None if child is None else copy_structure(child)
     return copied
+
+
+def build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
+    """The layers of one part, on the meta device."""
+    return copy_structure(_prototype(part, norm, norm_eps))
 
 
 @lru_cache(maxsize=512)
