@@ -61,7 +61,7 @@ def read_pairs(path: Path, encoding: Encoding) -> Iterator[tuple[SubnetConfig, f
     path = path / _SUMMARY if folder else path
     try:
         text = path.read_text()
-        entries = json.loads(text)["subnets"] if folder else [line for line in text.splitlines() if line.strip()]
+        entries: list[Any] = json.loads(text)["subnets"] if folder else [s for s in text.splitlines() if s.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"pairs: {path} cannot be read: {error!r}") from error
     for number, entry in enumerate(entries, start=1):

@@ -24,8 +24,8 @@ from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
 from server.progress import CountProgress
 
-_CHUNK = 32
-"""Operators or subnets that are in memory and timed side by side at once."""
+_CHUNK, _CHUNK_PARAMETERS = 32, 16_000_000
+"""Operators or subnets that are in memory and timed side by side at once, and their parameters, at the most."""
 _ACCEPTED_MAPE = 0.05
 """A table that is further off on whole subnets is corrected."""
 _CALIBRATION, _VALIDATION = 21, 22
@@ -202,14 +202,34 @@ def _measure_all(run: Profiling, chains: Mapping[str, Sequence[Operator]]) -> di
     known = {name: item for name, item in known.items() if item.spread <= run.timing.max_spread}
     left = [name for name in chains if name not in known]
     with CountProgress("profiling", len(chains), len(known)) as progress:
-        for start in range(0, len(left), _CHUNK):
-            names = left[start : start + _CHUNK]
+        for names in _chunks(left, _parameters(run.index, chains)):
             found = _measure_chunk(run, {name: chains[name] for name in names}, progress)
             known |= found
             run.journal.keep(found)
             progress.done(len(known), _slowest(found))
     refuse_unsteady(known, run.timing.max_spread)
     return known
+
+
+def _parameters(index: OperatorIndex, chains: Mapping[str, Sequence[Operator]]) -> dict[str, int]:
+    """The parameters of every chain."""
+    counts = index.operator_table(lambda cost: cost.num_parameters)
+    known = {operator.key: int(count) for operator, count in zip(index.operators, counts, strict=True)}
+    return {name: sum(known[operator.key] for operator in chain) for name, chain in chains.items()}
+
+
+def _chunks(names: Sequence[str], parameters: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, as many at a time as fit into memory, one at the least."""
+    chunk: list[str] = []
+    total = 0
+    for name in names:
+        if chunk and (len(chunk) == _CHUNK or total + parameters[name] > _CHUNK_PARAMETERS):
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(name)
+        total += parameters[name]
+    if chunk:
+        yield chunk
 
 
 def _measure_chunk(

@@ -15,7 +15,7 @@ from fedofa.device.rates import memory_bytes_per_second, training_macs_per_secon
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError, ProfileError
 from server import cli
-from server.profile import run_profile, summary_lines
+from server.profile import _chunks, run_profile, summary_lines
 
 SMALL = ["supernet=small", "in_channels=1", "num_classes=10", "device_class=board"]
 
@@ -107,6 +107,12 @@ def test_a_noisy_device_is_refused_and_what_was_steady_is_kept(device):
     assert not device.output.exists()
     device.noise = lambda: 1.0
     assert run_profile(settings(device, "burst=1", "resume=true")).fit is None
+
+
+def test_chunks_fit_into_memory():
+    sizes = {"a": 9_000_000, "b": 8_000_000, "c": 7_000_000, "d": 40_000_000, "e": 1}
+    assert list(_chunks(list(sizes), sizes)) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert [len(chunk) for chunk in _chunks([str(n) for n in range(70)], {str(n): 1 for n in range(70)})] == [32, 32, 6]
 
 
 def test_readings_of_other_settings_are_refused(device):
