@@ -18,10 +18,27 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import SOURCES, SUPERNETS, DataConf, ShrinkConf, SimulateConf
+from conf.schema import (
+    SOURCES,
+    SUPERNETS,
+    DataConf,
+    PredictorConf,
+    ProfileConf,
+    SearchConf,
+    ShrinkConf,
+    SimulateConf,
+)
 from fedofa.types.errors import ConfigError
 
-C = TypeVar("C", SimulateConf, ShrinkConf)
+C = TypeVar("C", SimulateConf, ShrinkConf, ProfileConf, SearchConf, PredictorConf)
+
+_COMMANDS: dict[type, str] = {
+    ShrinkConf: " shrink",
+    ProfileConf: " profile",
+    SearchConf: " search",
+    PredictorConf: " predictor",
+}
+"""What follows `fedofa settings` for the settings of each command but `simulate`."""
 
 
 def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
@@ -36,6 +53,21 @@ def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
 def compose_shrink_conf(overrides: Sequence[str] = ()) -> ShrinkConf:
     """Compose `shrink.yaml` with Hydra overrides ("shrinking=attentive") and check it, as `compose_conf` does."""
     return _composed("shrink", ShrinkConf, overrides)
+
+
+def compose_profile_conf(overrides: Sequence[str] = ()) -> ProfileConf:
+    """Compose `profile.yaml` with Hydra overrides ("engine=onnxruntime") and check it, as `compose_conf` does."""
+    return _composed("profile", ProfileConf, overrides)
+
+
+def compose_search_conf(overrides: Sequence[str] = ()) -> SearchConf:
+    """Compose `search.yaml` with Hydra overrides ("latency_ms=20") and check it, as `compose_conf` does."""
+    return _composed("search", SearchConf, overrides)
+
+
+def compose_predictor_conf(overrides: Sequence[str] = ()) -> PredictorConf:
+    """Compose `predictor.yaml` with Hydra overrides ("kind=ridge") and check it, as `compose_conf` does."""
+    return _composed("predictor", PredictorConf, overrides)
 
 
 def _composed(primary: str, schema: type[C], overrides: Sequence[str]) -> C:
@@ -59,11 +91,11 @@ def check_conf(composed: DictConfig, schema: type[C] = SimulateConf) -> C:
         if family not in SUPERNETS:
             raise ConfigError(f"supernet.family: expected one of {sorted(SUPERNETS)}, found {family!r}")
         supernet = _merged(SUPERNETS[family], composed.supernet, "supernet.", schema)
-        source = SOURCES.get(str(OmegaConf.select(composed, "data.name")), DataConf)
-        data = _merged(source, OmegaConf.select(composed, "data"), "data.", schema)
         rest = OmegaConf.masked_copy(composed, [str(key) for key in composed if _is_plain(str(key), schema)])
         checked = _merged(schema, rest, "", schema)
-        checked.data = data
+        if "data" in get_type_hints(schema):
+            source = SOURCES.get(str(OmegaConf.select(composed, "data.name")), DataConf)
+            checked.data = _merged(source, OmegaConf.select(composed, "data"), "data.", schema)
         missing = sorted(
             {*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))}
         )
@@ -127,15 +159,16 @@ def _closest(key: str, schema: type) -> str:
     if key in known_keys(schema):
         return f"; {key.partition('.')[0]} of another kind has it"
     close = difflib.get_close_matches(key, sorted(known_keys(schema)), n=1, cutoff=0.5)
-    command = "fedofa settings shrink" if schema is ShrinkConf else "fedofa settings"
+    command = f"fedofa settings{_COMMANDS.get(schema, '')}"
     return f"; did you mean {close[0]!r}?" if close else f"; `{command}` prints all of them"
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def known_keys(schema: type = SimulateConf) -> frozenset[str]:
     """Every dotted key of the schema."""
     keys = set(_dotted(schema, ""))
-    for prefix, kinds in (("supernet.", SUPERNETS), ("data.", SOURCES)):
+    groups = [("supernet.", SUPERNETS), *([("data.", SOURCES)] if "data" in keys else [])]
+    for prefix, kinds in groups:
         for kind in kinds.values():
             keys |= set(_dotted(kind, prefix))
     return frozenset(keys)

@@ -367,3 +367,98 @@ class ShrinkConf:
     data: DataConf = MISSING
     supernet: Any = MISSING  # as in SimulateConf
     shrinking: ShrinkingConf = MISSING
+
+
+@dataclass
+class ProfileConf:
+    """Everything that `fedofa profile` needs."""
+
+    output: str = MISSING
+    resume: bool = MISSING  # go on with what an interrupted profile of the same settings has measured
+    validate: bool = MISSING  # measure further subnets and print how far predictions are off
+    in_channels: int = MISSING  # of the images
+    num_classes: int = MISSING
+    engine: str = MISSING  # "torch" | "onnxruntime"
+    threads: int = MISSING
+    clock: str = MISSING  # "wall" | "cpu" (see fedofa.device.timing, as the next four)
+    passes: int = MISSING
+    burst: int = MISSING
+    more_passes: int = MISSING
+    max_spread: float = MISSING
+    calibration_subnets: int = MISSING  # whole subnets that the table is held against, and corrected by where it is off
+    validation_subnets: int = MISSING  # others, for validate
+    seed: int = MISSING  # of both
+    device_class: str | None = None  # null: the processor's name
+    memory_bytes: float | None = None  # for training; null: what is free now
+    uplink_bytes_per_second: float = MISSING
+    downlink_bytes_per_second: float = MISSING
+    supernet: Any = MISSING  # as in SimulateConf
+
+
+@dataclass
+class ChipConf:
+    """An accelerator's energy table (see fedofa.device.energy)."""
+
+    name: str = MISSING
+    source: str = MISSING
+    mac_joules: float = MISSING
+    register_file: float = MISSING
+    array: float = MISSING
+    buffer: float = MISSING
+    dram: float = MISSING
+    buffer_bytes: float = MISSING
+    array_rows: int = MISSING
+    array_columns: int = MISSING
+    weight_bits: int = MISSING
+    activation_bits: int = MISSING
+    weight_sparsity: float = MISSING
+    activation_sparsity: float = MISSING
+
+
+@dataclass
+class SearchConf:
+    """Everything that `fedofa search` needs; limits are null where there are none."""
+
+    device: str = MISSING  # a file that fedofa profile wrote, or published latency tables (YAML)
+    pareto: bool = MISSING  # the whole Pareto set instead of the best subnet
+    predictor: str | None = None  # file; null: the zero-cost proxy
+    output: str | None = None
+    in_channels: int = MISSING
+    num_classes: int = MISSING
+    seed: int = MISSING
+    population: int = MISSING
+    generations: int = MISSING
+    any_machine: bool = MISSING  # false: refuse a profile that was measured on another kind of device
+    latency_ms: float | None = None
+    inference_memory_mb: float | None = None
+    training_memory_mb: float | None = None
+    sram_kb: float | None = None
+    energy_mj: float | None = None
+    bytes_up: float | None = None
+    bytes_down: float | None = None
+    macs: float | None = None
+    parameters: float | None = None
+    plan: str = MISSING  # "full" | "last_blocks(k)" | "bias" | "head"
+    recompute: bool = MISSING
+    num_examples: int = MISSING
+    batch_size: int = MISSING
+    optimiser_slots: int = MISSING
+    wire_bytes: int = MISSING
+    state_of_charge: float | None = None  # of the battery, in [0, 1]: tightens energy_mj
+    battery_reserve: float = MISSING
+    chip: ChipConf = MISSING
+    supernet: Any = MISSING  # as in SimulateConf
+
+
+@dataclass
+class PredictorConf:
+    """Everything that `fedofa predictor` needs."""
+
+    pairs: str = MISSING  # JSON lines, {"subnet": {...}, "accuracy": 0.93}, or the folder of a run of shrink
+    output: str = MISSING
+    kind: str = MISSING  # "mlp" | "ridge"
+    held_out_fraction: float = MISSING
+    in_channels: int = MISSING
+    num_classes: int = MISSING
+    seed: int = MISSING
+    supernet: Any = MISSING  # as in SimulateConf

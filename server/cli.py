@@ -1,4 +1,4 @@
-"""The command line: federations, sweeps, comparisons and central training on this machine."""
+"""The command line: federations, sweeps, comparisons, central training, and subnets for a measured device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ commands:
               study.trials=20 'study.objectives=[accuracy.largest,bytes_up]' study.name=rates
   compare     put runs side by side in a table and a picture, e.g. fedofa compare runs/simulate runs/sweeps/seed
   shrink      train a supernet here, on the whole training set, e.g. fedofa shrink shrinking=progressive
-  settings    print every setting with its value, as simulate would use it; `settings shrink ...` those of shrink
+  profile     measure this device, e.g. fedofa profile engine=onnxruntime output=runs/board.json validate=true
+  predictor   train an accuracy predictor, e.g. fedofa predictor pairs=runs/pairs.jsonl supernet=small in_channels=1
+  search      find the best subnet for a device, e.g. fedofa search device=runs/board.json latency_ms=20 bytes_up=4e6
+  settings    print every setting with its value, as simulate would use it; `settings shrink ...` those of shrink,
+              and so for profile, predictor and search
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking; for
 shrink data, supernet, shrinking) take the name of a file under conf/."""
@@ -39,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sweep": sweep,
         "compare": compare,
         "shrink": shrink,
+        "profile": profile,
+        "predictor": predictor,
+        "search": search,
         "settings": print_settings,
     }
     if command not in actions:
@@ -87,12 +94,19 @@ def print_settings(overrides: Sequence[str]) -> None:
     """Print the composed settings as YAML."""
     from omegaconf import OmegaConf
 
-    from conf.compose import compose_conf, compose_shrink_conf
+    from conf import compose
 
-    if list(overrides[:1]) == ["shrink"]:
-        conf = OmegaConf.structured(compose_shrink_conf(overrides[1:]))
+    composers = {
+        "shrink": compose.compose_shrink_conf,
+        "profile": compose.compose_profile_conf,
+        "predictor": compose.compose_predictor_conf,
+        "search": compose.compose_search_conf,
+    }
+    command = overrides[0] if overrides else ""
+    if command in composers:
+        conf = OmegaConf.structured(composers[command](overrides[1:]))
     else:
-        conf = OmegaConf.structured(compose_conf(overrides))
+        conf = OmegaConf.structured(compose.compose_conf(overrides))
     print(OmegaConf.to_yaml(conf), end="")
 
 
@@ -126,3 +140,53 @@ def shrink(overrides: Sequence[str]) -> None:
     conf = compose_shrink_conf(overrides)
     run_shrinking(conf)
     print_shrinking(Path(conf.output_dir))
+
+
+def profile(overrides: Sequence[str]) -> None:
+    """Measure this device, and print what was found."""
+    from conf.compose import compose_profile_conf
+
+    conf = compose_profile_conf(overrides)
+    from server.environment import ONE_THREAD, adopt
+
+    if conf.threads == 1:
+        adopt(ONE_THREAD)
+    from server.profile import run_profile, summary_lines
+
+    console = _console()
+    for line in summary_lines(run_profile(conf)):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"the profile is in {conf.output}", highlight=False, soft_wrap=True)
+
+
+def predictor(overrides: Sequence[str]) -> None:
+    """Train an accuracy predictor, and print how it ranks held-out subnets."""
+    _set_environment()
+    from conf.compose import compose_predictor_conf
+    from server.predictor import run_predictor
+
+    conf = compose_predictor_conf(overrides)
+    held_out = run_predictor(conf)
+    _console().print(
+        f"trained on {held_out.num_train} pairs; on {held_out.num_held_out} held-out ones: rank correlation "
+        f"{held_out.rank_correlation:.3f}, mean absolute error {held_out.mean_absolute_error:.4g}. "
+        f"The predictor is in {conf.output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def search(overrides: Sequence[str]) -> None:
+    """Find the best subnet for a device."""
+    _set_environment()
+    from conf.compose import compose_search_conf
+    from server.search import print_found, run_search
+
+    conf = compose_search_conf(overrides)
+    print_found(conf, run_search(conf), _console())
+
+
+def _console() -> Console:
+    from server.progress import wide_console
+
+    return wide_console()

@@ -126,6 +126,26 @@ class StepProgress(_Display):
             self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+class CountProgress(_Display):
+    """Watches things being done one after the other; on a terminal as a moving bar, elsewhere a line now and then."""
+
+    def __init__(self, title: str, total: int, done: int, console: Console | None = None) -> None:
+        super().__init__(console)
+        self._title, self._total = title, total
+        self._task = self._bars.add_task(title, total=total, completed=done, status="")
+
+    def status(self, text: str) -> None:
+        """Say what goes on."""
+        self._bars.update(self._task, status=text)
+
+    def done(self, count: int, text: str) -> None:
+        """So many are done by now."""
+        self._bars.update(self._task, completed=count, status=text)
+        if not self._console.is_terminal:
+            line = f"{self._title}: {count:,} of {self._total:,}, {text}"
+            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 def _given_up(record: RoundRecord) -> str:
     reasons = "; ".join(f"{name}: {why}" for _, name, why in record.failures[-3:])
     answers = f"{record.current.verified} of {len(record.cohort)} clients answered, expected {record.current.quorum}"

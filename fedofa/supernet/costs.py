@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -17,6 +17,9 @@ from fedofa.supernet.network import (
     PoolSpec,
     same_padding,
 )
+
+CLASSIFIER = "classifier"
+"""The name of the linear layer that every network ends with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,21 +161,48 @@ def _part_cost(part: PartSpec, norm: str, channels: int, side: int, own_output: 
     return tape.cost(part.name, x, y, part.parameters(norm), own_output=own_output), side
 
 
-def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
-    """The costs of every block of a network at its resolution, in order; pooling to 1 x 1 is not among them."""
-    costs, channels, side = [], spec.in_channels, spec.resolution
+@dataclass(frozen=True, slots=True)
+class PlacedPart:
+    """A part of a network where it stands.
+
+    Args:
+        part: the part; the linear classifier is a 1 x 1 convolution with a bias and without a norm.
+        in_channels, in_side: of its input.
+        out_channels, out_side: of its result.
+        cost: what it costs; None for pooling to 1 x 1.
+    """
+
+    part: PartSpec
+    in_channels: int
+    in_side: int
+    out_channels: int
+    out_side: int
+    cost: BlockCost | None
+
+
+def place_parts(spec: NetworkSpec) -> Iterator[PlacedPart]:
+    """Every part of a network at its resolution, in forward order, the classifier last."""
+    channels, side = spec.in_channels, spec.resolution
     for part, following in zip(spec.parts, (*spec.parts[1:], None), strict=True):
         if _is_mean(part):
+            yield PlacedPart(part, channels, side, channels, 1, None)
             side = 1
             continue
         own_output = spec.dropout > 0 if following is None else _is_mean(following) or _pads(following)
-        cost, side = _part_cost(part, spec.norm, channels, side, own_output)
-        channels = part.out_channels if not isinstance(part, PoolSpec) else channels
-        costs.append(cost)
+        cost, out_side = _part_cost(part, spec.norm, channels, side, own_output)
+        out_channels = part.out_channels if not isinstance(part, PoolSpec) else channels
+        yield PlacedPart(part, channels, side, out_channels, out_side, cost)
+        channels, side = out_channels, out_side
     kept = spec.features if spec.dropout == 0 else 2 * spec.features
     macs, head = spec.features * spec.num_classes, tuple(spec.classifier_parameters())
-    costs.append(BlockCost("classifier", macs, kept, spec.features, spec.num_classes, spec.features, head))
-    return tuple(costs)
+    cost = BlockCost(CLASSIFIER, macs, kept, spec.features, spec.num_classes, spec.features, head)
+    part = ConvSpec(CLASSIFIER, spec.features, spec.num_classes, bias=True, norm=False)
+    yield PlacedPart(part, spec.features, 1, spec.num_classes, 1, cost)
+
+
+def block_costs(spec: NetworkSpec) -> tuple[BlockCost, ...]:
+    """The costs of every block of a network at its resolution, in order; pooling to 1 x 1 is not among them."""
+    return tuple(placed.cost for placed in place_parts(spec) if placed.cost is not None)
 
 
 def _is_mean(part: PartSpec) -> bool:

@@ -299,6 +299,11 @@ def _classifier_blueprint(features: int, num_classes: int) -> Blueprint:
     return Blueprint(Linear(features, num_classes, device="meta"))
 
 
+def build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
+    """The layers of one part, on the meta device."""
+    return _part_blueprint(part, norm, norm_eps).make()
+
+
 def _build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:
     match part:
         case ConvSpec():

@@ -38,7 +38,15 @@ class CheckpointError(FedofaError, ValueError):
 
 
 class InfeasibilityError(FedofaError, ValueError):
-    """No subnet and plan fit a device's budgets, or no subnet has the MACs that were asked for."""
+    """No subnet and plan fit a device's budgets, or no subnet has the MACs that were asked for.
+
+    Attributes:
+        nearest: the `SubnetConfig` that comes closest to the budgets, where it was sought.
+    """
+
+    def __init__(self, message: str, nearest: object = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 class QuorumError(FedofaError, RuntimeError):
@@ -55,3 +63,7 @@ class TrackingError(FedofaError, RuntimeError):
 
 class SweepError(FedofaError, RuntimeError):
     """Runs of a sweep failed; the others are done."""
+
+
+class ProfileError(FedofaError, ValueError):
+    """A device profile or a latency table is damaged, of another device or family, or too noisy to be used."""

@@ -6,13 +6,23 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from conf.compose import compose_conf, compose_shrink_conf, encode_conf, known_keys, load_conf
+from conf.compose import (
+    compose_conf,
+    compose_search_conf,
+    compose_shrink_conf,
+    encode_conf,
+    known_keys,
+    load_conf,
+)
 from conf.schema import (
     SOURCES,
     BlockConf,
     DeviceClassConf,
     MobileNetV3Conf,
+    PredictorConf,
+    ProfileConf,
     ResidualStageConf,
+    SearchConf,
     ShrinkConf,
     SimulateConf,
     StageConf,
@@ -27,12 +37,24 @@ YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml") if path.pa
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
 GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "shrinking", "supernet", "tracking")
 OF_SHRINK = ("data", "shrinking", "supernet")
+OF_SEARCH = ("chip", "supernet")
+SCHEMAS = {
+    "shrink": ShrinkConf,
+    "profile": ProfileConf,
+    "predictor": PredictorConf,
+    "search": SearchConf,
+    "chip": SearchConf,
+}
+"""Of the files and groups that are not simulate's."""
 
 
 def composed(group: str, *overrides: str) -> DictConfig:
     """The settings of a command that has the group."""
-    compose = compose_conf if group in GROUPS else compose_shrink_conf
-    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(compose(overrides))))
+    if group == "chip":
+        conf = compose_search_conf(["device=any", *overrides])
+    else:
+        conf = compose_conf(overrides) if group in GROUPS else compose_shrink_conf(overrides)
+    return OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(conf)))
 
 
 def refused(*overrides: str) -> str:
@@ -53,7 +75,7 @@ def test_the_defaults_compose():
 
 
 def test_every_group_has_options():
-    assert {group for group, _ in OPTIONS} == {*GROUPS, *OF_SHRINK}
+    assert {group for group, _ in OPTIONS} == {*GROUPS, *OF_SHRINK, *OF_SEARCH}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=str)
@@ -85,7 +107,7 @@ def leaves(value: dict, prefix: str) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("path", YAML, ids=str)
 def test_every_key_of_every_file_is_in_the_schema(path):
-    known = known_keys(ShrinkConf) if path.stem == "shrink" else known_keys()
+    known = known_keys(SCHEMAS.get(path.parent.name or path.stem, SimulateConf))
     unknown = sorted(set(dotted(OmegaConf.load(ROOT / path), package(path))) - known)
     assert not unknown
 

@@ -1,0 +1,266 @@
+"""`fedofa profile`: measures this device for a supernet's operators, resumable, and leaves one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.schema import ProfileConf
+from fedofa.device.correction import Fit, corrected_times
+from fedofa.device.engines import Engine, build_engine
+from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
+from fedofa.device.profile import MeasuredDevice, describe_machine, free_memory_bytes
+from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
+from fedofa.device.timing import Measured, Timing, measure, refuse_unsteady
+from fedofa.supernet.families import build_supernet
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import ConfigError, ProfileError
+from server.checkpoint import replace_file
+from server.progress import CountProgress
+
+_CHUNK, _CHUNK_PARAMETERS = 32, 16_000_000
+"""Operators or subnets that are in memory and timed side by side at once, and their parameters, at the most."""
+_ACCEPTED_MAPE = 0.05
+"""A table that is further off on whole subnets is corrected."""
+_CALIBRATION, _VALIDATION = 21, 22
+"""Tell the random numbers of the subnets that correct the table from those that it is held against."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profiling:
+    """The parts of one run."""
+
+    conf: ProfileConf
+    index: OperatorIndex
+    engine: Engine
+    timing: Timing
+    journal: Journal
+
+
+class Journal:
+    """What an unfinished profile has measured, beside its output; read again by a run with the same settings.
+
+    Args:
+        output: the profile's file.
+        identity: what makes two profiles the same.
+        resume: take over what is there, else begin anew.
+
+    Raises:
+        ProfileError: when what is there is damaged or of other settings.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = output.with_name(f"{output.name}.part")
+        self.identity = dict(identity)
+        self.readings: dict[str, list[float]] = {}
+        if resume and self.path.exists():
+            self.readings = self._read()
+
+    def _read(self) -> dict[str, list[float]]:
+        try:
+            content = json.loads(self.path.read_bytes())
+            found, readings = (
+                content["identity"],
+                {str(k): [float(x) for x in v] for k, v in content["readings"].items()},
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ProfileError(f"{self.path} is damaged: {error!r}; begin anew with resume=false") from error
+        differing = [
+            f"{key}: {found.get(key)!r:.60} then, {value!r:.60} now"
+            for key, value in self.identity.items()
+            if found.get(key) != value
+        ]
+        if differing:
+            raise ProfileError(
+                f"{self.path} was measured with other settings: {'; '.join(differing[:3])}; use those, or begin anew "
+                "with resume=false"
+            )
+        return readings
+
+    def keep(self, measured: Mapping[str, Measured]) -> None:
+        """Add readings and write the file."""
+        self.readings |= {name: list(item.readings) for name, item in measured.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"identity": self.identity, "readings": self.readings}
+        replace_file(self.path, json.dumps(content).encode())
+
+
+def run_profile(conf: ProfileConf) -> MeasuredDevice:
+    """Measure the device and write `conf.output`.
+
+    Raises:
+        FedofaError: saying in one line what is wrong; what was measured steadily is kept for resume=true.
+    """
+    run = _build_run(conf)
+    table, fit = _measure_table(run)
+    smallest = run.index.network(run.index.encoding.space.smallest())
+    profile = DeviceProfile(
+        device_class=conf.device_class or str(describe_machine()["processor"]),
+        memory_bytes=conf.memory_bytes if conf.memory_bytes is not None else free_memory_bytes(),
+        macs_per_second=training_macs_per_second(smallest, conf.threads, conf.clock),
+        uplink_bytes_per_second=conf.uplink_bytes_per_second,
+        downlink_bytes_per_second=conf.downlink_bytes_per_second,
+    )
+    device = MeasuredDevice(profile, memory_bytes_per_second(conf.clock), describe_machine(), conf.clock, table, fit)
+    output = Path(conf.output)
+    replace_file(output, json.dumps(device.to_json(), indent=1).encode())
+    run.journal.path.unlink(missing_ok=True)
+    return device
+
+
+def _build_run(conf: ProfileConf) -> Profiling:
+    _check(conf)
+    engine = build_engine(conf.engine, conf.threads)
+    timing = Timing(**{item.name: getattr(conf, item.name) for item in fields(Timing)})
+    supernet = build_supernet({**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes})
+    identity = {
+        "supernet": json.loads(json.dumps(supernet.description())),
+        "engine": engine.name,
+        "threads": conf.threads,
+        "clock": conf.clock,
+        "burst": conf.burst,
+        "machine": describe_machine(),
+    }
+    journal = Journal(Path(conf.output), identity, resume=conf.resume)
+    return Profiling(conf, OperatorIndex.of(supernet), engine, timing, journal)
+
+
+def _check(conf: ProfileConf) -> None:
+    """Settings that only their meaning can refuse."""
+    least = {"calibration_subnets": 8, "validation_subnets": 2, "seed": 0, "in_channels": 1, "num_classes": 1}
+    for name, minimum in least.items():
+        if getattr(conf, name) < minimum:
+            raise ConfigError(f"{name}: expected at least {minimum}, found {getattr(conf, name)!r}")
+    if conf.clock == "cpu" and conf.threads != 1:
+        raise ConfigError(f"clock=cpu: processor time is the latency of one thread only, found threads={conf.threads}")
+
+
+def _measure_table(run: Profiling) -> tuple[LatencyTable, dict[str, float] | None]:
+    """The latency table, corrected where whole subnets show that it must be, and how well it does on others."""
+    conf, index = run.conf, run.index
+    operators = {operator.key: [operator] for operator in index.operators}
+    calibration = _draw(run, _CALIBRATION, conf.calibration_subnets)
+    validation = _draw(run, _VALIDATION, conf.validation_subnets if conf.validate else 0)
+    chains = {**operators, **_chains(calibration), **_chains(validation)}
+    measured = _measure_all(run, chains)
+    alone = np.array([measured[operator.key].median for operator in index.operators])
+    times, overhead = _times(index, alone, calibration, _medians(measured, calibration))
+    named = {operator.key: float(ms) for operator, ms in zip(index.operators, times, strict=True)}
+    source = f"measured: median of {conf.passes} passes, {conf.clock} clock"
+    family = index.encoding.space.family
+    table = LatencyTable(family, run.engine.name, conf.threads, source, named, float(overhead))
+    if not conf.validate:
+        return table, None
+    found = _medians(measured, validation)
+    before, after = (Fit.of(p, found) for p in (validation.total(alone), Latency(index, table).predict(validation)))
+    return table, {
+        "subnets": len(validation),
+        "mape": after.mape,
+        "rank_correlation": after.rank_correlation,
+        "mape_of_the_plain_sum": before.mape,
+        "rank_correlation_of_the_plain_sum": before.rank_correlation,
+    }
+
+
+def _times(
+    index: OperatorIndex, alone: np.ndarray, calibration: SubnetBatch, measured: np.ndarray
+) -> tuple[np.ndarray, float]:
+    if Fit.of(calibration.total(alone), measured).mape <= _ACCEPTED_MAPE:
+        return alone, 0.0
+    return corrected_times(index, alone, calibration, measured)
+
+
+def _draw(run: Profiling, purpose: int, count: int) -> SubnetBatch:
+    rows = run.index.encoding.sample(np.random.default_rng([run.conf.seed, purpose]), count)
+    return SubnetBatch(run.index, rows)
+
+
+def _names(batch: SubnetBatch) -> list[str]:
+    return [f"subnet {batch.index.encoding.subnet(row).digest()}" for row in batch.rows]
+
+
+def _chains(batch: SubnetBatch) -> dict[str, list[Operator]]:
+    """Each subnet's operators, in forward order."""
+    operators = batch.index.operators
+    chains = ([operators[number] for number in numbers if number >= 0] for numbers in batch.operators)
+    return dict(zip(_names(batch), chains, strict=True))
+
+
+def _medians(measured: Mapping[str, Measured], batch: SubnetBatch) -> np.ndarray:
+    return np.array([measured[name].median for name in _names(batch)])
+
+
+def _measure_all(run: Profiling, chains: Mapping[str, Sequence[Operator]]) -> dict[str, Measured]:
+    """Every chain's readings, those that the journal has not anew; unsteady ones are refused in the end."""
+    known = {name: Measured(tuple(row)) for name, row in run.journal.readings.items() if name in chains}
+    known = {name: item for name, item in known.items() if item.spread <= run.timing.max_spread}
+    left = [name for name in chains if name not in known]
+    with CountProgress("profiling", len(chains), len(known)) as progress:
+        for names in _chunks(left, _parameters(run.index, chains)):
+            found = _measure_chunk(run, {name: chains[name] for name in names}, progress)
+            known |= found
+            run.journal.keep(found)
+            progress.done(len(known), _slowest(found))
+    refuse_unsteady(known, run.timing.max_spread)
+    return known
+
+
+def _parameters(index: OperatorIndex, chains: Mapping[str, Sequence[Operator]]) -> dict[str, int]:
+    """The parameters of every chain."""
+    counts = index.operator_table(lambda cost: cost.num_parameters)
+    known = {operator.key: int(count) for operator, count in zip(index.operators, counts, strict=True)}
+    return {name: sum(known[operator.key] for operator in chain) for name, chain in chains.items()}
+
+
+def _chunks(names: Sequence[str], parameters: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in order, as many at a time as fit into memory, one at the least."""
+    chunk: list[str] = []
+    total = 0
+    for name in names:
+        if chunk and (len(chunk) == _CHUNK or total + parameters[name] > _CHUNK_PARAMETERS):
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(name)
+        total += parameters[name]
+    if chunk:
+        yield chunk
+
+
+def _measure_chunk(
+    run: Profiling, chains: Mapping[str, Sequence[Operator]], progress: CountProgress
+) -> dict[str, Measured]:
+    runs = {name: run.engine.prepare(chain) for name, chain in chains.items()}
+    latest: dict[str, Measured] = {}
+    for number, found in enumerate(measure(runs, run.timing), start=1):
+        latest = found
+        progress.status(f"pass {number} of {run.timing.passes}")
+    return latest
+
+
+def _slowest(found: Mapping[str, Measured]) -> str:
+    return f"up to {max((item.median for item in found.values()), default=0.0):.2f} ms"
+
+
+def summary_lines(device: MeasuredDevice) -> Iterator[str]:
+    """What a person wants to know of a finished profile."""
+    profile, latency = device.profile, device.latency
+    yield (
+        f"{profile.device_class}: {profile.memory_bytes / 1e9:.2f} GB free, "
+        f"{profile.macs_per_second / 1e9:.2f} G MACs/s in training, "
+        f"{device.memory_bytes_per_second / 1e9:.1f} GB/s memory bandwidth"
+    )
+    count = len(latency.milliseconds)
+    yield f"{count} operators of {latency.family} with {latency.engine}, {latency.threads} thread(s)"
+    if device.fit is not None:
+        fit = device.fit
+        yield (
+            f"on {fit['subnets']:.0f} held-out subnets: error {fit['mape']:.1%}, rank correlation "
+            f"{fit['rank_correlation']:.3f} (plain sums of operators: {fit['mape_of_the_plain_sum']:.1%}, "
+            f"{fit['rank_correlation_of_the_plain_sum']:.3f})"
+        )

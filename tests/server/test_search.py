@@ -1,0 +1,199 @@
+"""`fedofa search` and `fedofa predictor` from the command line: what they print, write and refuse."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from conf.compose import compose_predictor_conf, compose_search_conf
+from fedofa.device.latency import roofline_table
+from fedofa.device.ofa_tables import ofa_entries
+from fedofa.device.operators import OperatorIndex
+from fedofa.device.profile import MeasuredDevice, describe_machine
+from fedofa.search.limits import Limit
+from fedofa.supernet.families import build_supernet
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import ConfigError, DatasetError, InfeasibilityError, ProfileError
+from fedofa.types.space import SubnetConfig
+from server import cli
+from server.outputs import subnet_row
+from server.predictor import read_pairs, run_predictor
+from server.search import SETTINGS, build_limits, build_models, run_search
+
+pytest.importorskip("pymoo", reason="pymoo is missing; `make test` installs it")
+
+SMALL = ["supernet=small", "in_channels=1", "num_classes=10"]
+FAST = [*SMALL, "population=32", "generations=5"]
+
+
+@pytest.fixture(scope="module")
+def index():
+    conf = compose_search_conf([*SMALL, "device=none"])
+    return OperatorIndex.of(build_supernet({**conf.supernet, "in_channels": 1, "num_classes": 10}))
+
+
+@pytest.fixture(scope="module")
+def board(index, tmp_path_factory):
+    """A profile of a made-up board."""
+    table = roofline_table(
+        index, macs_per_second=1e8, bytes_per_second=1e9, launch_ms=0.02, engine="x", source="made up"
+    )
+    profile = DeviceProfile("board", 1e8, 1e8, 1e5, 1e5)
+    device = MeasuredDevice(profile, 1e9, {**describe_machine(), "cores": 99}, "wall", table)
+    path = tmp_path_factory.mktemp("device") / "board.json"
+    path.write_text(json.dumps(device.to_json()))
+    return path
+
+
+def test_the_best_subnet_is_printed_and_written(board, tmp_path, capsys):
+    output = tmp_path / "found" / "best.json"
+    limits = ["latency_ms=15", "training_memory_mb=40", "energy_mj=5", "bytes_up=400000", "sram_kb=64"]
+    assert cli.main(["search", *FAST, f"device={board}", *limits, f"output={output}"]) == 0
+    printed = capsys.readouterr().out
+    assert "best: depth" in printed and "s of CPU) after loading" in printed
+    (row,) = json.loads(output.read_text())
+    assert row["costs"]["latency_ms"] <= 15 and row["costs"]["bytes_up"] <= 400000 and row["costs"]["sram_kb"] <= 64
+    assert SubnetConfig.from_json(row["subnet"]).digest() in printed
+    assert set(row["costs"]) == set(SETTINGS)
+
+
+def test_the_pareto_set_is_printed(board, capsys):
+    conf = compose_search_conf([*FAST, f"device={board}", "latency_ms=20", "pareto=true"])
+    found = run_search(conf).found
+    assert len(found) > 3
+    assert all(item.costs["latency_ms"].value <= 20 for item in found)
+
+
+def test_an_impossible_budget_is_one_clear_error(board, capsys):
+    assert cli.main(["search", *FAST, f"device={board}", "latency_ms=0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "latency_ms is exceeded by" in error and "the nearest" in error
+    with pytest.raises(InfeasibilityError):
+        run_search(compose_search_conf([*FAST, f"device={board}", "latency_ms=30", "bytes_up=10"]))
+
+
+def test_published_tables_are_read(index, tmp_path):
+    table = roofline_table(
+        index, macs_per_second=1e8, bytes_per_second=1e9, launch_ms=0.02, engine="x", source="made up"
+    )
+    (tmp_path / "28_lookup_table.yaml").write_text(yaml.safe_dump(ofa_entries(table, index)))
+    for device in (tmp_path, tmp_path / "28_lookup_table.yaml"):
+        found = run_search(compose_search_conf([*FAST, f"device={device}", "latency_ms=15"])).found
+        assert found[0].costs["latency_ms"].value <= 15
+
+
+def test_a_table_alone_is_a_device_too(index, tmp_path):
+    table = roofline_table(
+        index, macs_per_second=1e8, bytes_per_second=1e9, launch_ms=0.02, engine="x", source="made up"
+    )
+    path = tmp_path / "fpga.json"
+    path.write_text(json.dumps(table.to_json()))
+    assert run_search(compose_search_conf([*FAST, f"device={path}", "latency_ms=15"])).found
+
+
+def test_a_battery_tightens_energy(board, index):
+    overrides = [*FAST, f"device={board}", "energy_mj=4", "state_of_charge=0.6", "battery_reserve=0.2"]
+    conf = compose_search_conf(overrides)
+    (limit,) = build_limits(conf, build_models(conf, index)).limits
+    assert isinstance(limit, Limit) and limit.most == pytest.approx(2.0)
+    with pytest.raises(ConfigError, match="energy_mj, which is not given"):
+        run_search(compose_search_conf([*FAST, f"device={board}", "state_of_charge=0.6"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["latency_ms=-3"], "latency_ms: expected a positive finite number of ms, found -3"),
+        (["training_memory_mb=0"], "training_memory_mb: expected a positive"),
+        (["plan=everything"], "unknown plan 'everything'"),
+        (["chip.dram=-1"], "chip 'eyeriss', dram"),
+        (["batch_size=0"], "batch_size: expected at least 1"),
+        (["population=2"], "population: expected at least 8"),
+    ],
+)
+def test_bad_settings_are_refused(board, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run_search(compose_search_conf([*FAST, f"device={board}", *overrides]))
+
+
+def test_devices_that_are_none_are_refused(board, tmp_path):
+    with pytest.raises(ProfileError, match="cannot be read.*fedofa profile"):
+        run_search(compose_search_conf([*FAST, f"device={tmp_path / 'absent.json'}"]))
+    with pytest.raises(ProfileError, match="another machine"):
+        run_search(compose_search_conf([*FAST, f"device={board}", "any_machine=false"]))
+    with pytest.raises(ProfileError, match="is of family 'mobilenet_v3', the supernet of 'resnet'"):
+        run_search(compose_search_conf(["supernet=resnet50", f"device={board}"]))
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(board.read_text().replace('"cores": 99', '"cores": 98'))
+    with pytest.raises(ProfileError, match="damaged"):
+        run_search(compose_search_conf([*FAST, f"device={damaged}"]))
+
+
+def test_settings_without_a_value_and_unknown_ones_are_named(capsys):
+    assert cli.main(["search", "latency_ms=3"]) == 1
+    assert "device" in capsys.readouterr().err
+    assert cli.main(["search", "device=x", "latencyms=3"]) == 1
+    assert "did you mean 'latency_ms'" in capsys.readouterr().err
+    assert cli.main(["settings", "search", "device=x", "chip=microcontroller"]) == 0
+    assert "buffer_bytes: 524288" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pairs(index, tmp_path):
+    """Subnets with an accuracy that their encoding says."""
+    encoding = index.encoding
+    rows = encoding.sample(np.random.default_rng(0), 120)
+    weights = np.random.default_rng(1).normal(0, 0.01, encoding.num_features)
+    accuracies = 0.8 + encoding.one_hot(rows) @ weights
+    lines = [
+        json.dumps({"subnet": encoding.subnet(row).to_json(), "accuracy": float(accuracy)})
+        for row, accuracy in zip(rows, accuracies, strict=True)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_predictor_is_trained_and_searched_with(pairs, board, tmp_path, capsys):
+    output = tmp_path / "predictor.safetensors"
+    assert cli.main(["predictor", *SMALL, f"pairs={pairs}", f"output={output}", "kind=ridge"]) == 0
+    assert "rank correlation 1.000" in capsys.readouterr().out
+    found = run_search(compose_search_conf([*FAST, f"device={board}", f"predictor={output}", "latency_ms=20"])).found
+    assert 0.7 < found[0].accuracy < 0.95
+
+
+def test_a_runs_summary_has_pairs(pairs, index, tmp_path):
+    supernet = build_supernet(
+        compose_predictor_conf([*SMALL, "pairs=x"]).supernet | {"in_channels": 1, "num_classes": 10}
+    )
+    expected = list(read_pairs(pairs, index.encoding))
+    rows = [subnet_row(supernet, "random", subnet, accuracy) for subnet, accuracy in expected[:20]]
+    (tmp_path / "summary.json").write_text(json.dumps({"subnets": rows}))
+    assert list(read_pairs(tmp_path, index.encoding)) == expected[:20]
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(DatasetError, match="summary.json cannot be read"):
+        list(read_pairs(tmp_path, index.encoding))
+
+
+def test_lines_that_are_no_pairs_are_named(pairs, index, tmp_path):
+    lines = pairs.read_text().splitlines()
+    for wrong, message in (("{", "entry 121"), ('{"subnet": {}, "accuracy": 1}', "not a subnet"), ("[]", "entry 121")):
+        pairs.write_text("\n".join([*lines, wrong]))
+        with pytest.raises(DatasetError, match=message):
+            run_predictor(compose_predictor_conf([*SMALL, f"pairs={pairs}", f"output={tmp_path / 'p'}"]))
+    with pytest.raises(DatasetError, match="cannot be read"):
+        run_predictor(compose_predictor_conf([*SMALL, f"pairs={tmp_path / 'absent'}", f"output={tmp_path / 'p'}"]))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "docs" / "tables").glob("*.json")), ids=lambda p: p.stem
+)
+def test_the_example_tables_load_and_state_their_source(path, index):
+    content = json.loads(path.read_text())
+    assert content["source"].startswith(("made up", "measured"))
+    conf = compose_search_conf([*FAST, f"device={path}"])
+    batch = index.batch([index.encoding.space.smallest(), index.encoding.space.largest()])
+    smallest, largest = build_models(conf, index)["latency_ms"].predict(batch)
+    assert 0 < smallest < largest
