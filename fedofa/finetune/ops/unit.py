@@ -177,14 +177,14 @@ class _Unit(torch.autograd.Function):
             grad, run.stride
         )  # torch's norms misread the gradient of a mean, which is spread out with strides 0
         inner = take(saved, run.inner)
-        coefficients = take(saved, run.coefficients) or ()
+        coefficients = take(saved, run.coefficients)
         scale = shift = weight = bias = None
         own = False
         if unit.act is not None:
             if inner is None:
                 grad = unit.act.coded_gradient(grad, take(saved, run.code))
             else:
-                y = affine(inner, *coefficients[:2], in_place=False) if coefficients else inner
+                y = affine(inner, *coefficients[:2], in_place=False) if unit.norm is not None else inner
                 grad = unit.act.gradient(grad, y)
             own = True
         if unit.norm is not None:
