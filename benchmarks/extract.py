@@ -98,6 +98,7 @@ class Server:
     def forget(self, *_: object) -> None:
         """No subnet was cut before; the slices of single tensors, which subnets share, stay."""
         self.supernet._slice_maps.clear()
+        self.supernet._last_network = None
 
     def payload(self, subnet: SubnetConfig) -> object:
         """The task's bytes."""

@@ -110,6 +110,7 @@ class ElasticSupernet(Supernet, ABC):
         _register_matrices(network, largest, spec.elastic_kernels)
         super().__init__(space, network, spec.elastic_kernels)
         self.spec = spec
+        self._last_network: tuple[ElasticSpec, SubnetConfig, NetworkSpec] | None = None
         if generator is not None:
             network.to_empty(device=generator.device)
             initialise(network, generator)
@@ -131,8 +132,11 @@ class ElasticSupernet(Supernet, ABC):
         return self.network_spec(self.space.largest()).normed_groups
 
     def network_spec(self, subnet: SubnetConfig) -> NetworkSpec:
-        """The description of one subnet."""
-        return self.spec.network(self.space, subnet)
+        """The description of one subnet; the last is kept, since whoever cuts a subnet asks for it several times."""
+        kept = self._last_network
+        if kept is None or kept[0] is not self.spec or kept[1] != subnet:
+            kept = self._last_network = (self.spec, subnet, self.spec.network(self.space, subnet))
+        return kept[2]
 
     def skeleton(self, subnet: SubnetConfig) -> nn.Module:
         return Network(self.network_spec(subnet))

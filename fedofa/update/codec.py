@@ -213,7 +213,8 @@ def _to_wire(array: np.ndarray, float_dtype: str, stream: str, name: str) -> tup
     dtype = _NAMES.get((array.dtype.kind, array.dtype.itemsize)) if isinstance(array, np.ndarray) else None
     if dtype is None:
         _refuse_array(array, f"stream {stream!r}, array {name!r}")
-    data = np.ascontiguousarray(array, dtype=_DTYPES[dtype])
+    as_it_is = array.flags.c_contiguous and array.dtype == _DTYPES[dtype]
+    data = array if as_it_is else np.ascontiguousarray(array, dtype=_DTYPES[dtype])
     wire = float_dtype if dtype == "float32" else dtype
     if wire in _INFINITY_BITS:
         data = _narrow(data.reshape(-1), wire, f"stream {stream!r}, array {name!r}")
