@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +11,7 @@ import numpy as np
 
 from fedofa.device.models import AdditiveCost
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
+from fedofa.device.sealed import seal, unseal
 from fedofa.types.errors import ProfileError
 
 FORMAT = "fedofa latency table 1"
@@ -55,7 +54,7 @@ class LatencyTable:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with a checksum."""
         content = {"format": FORMAT, **asdict(self), "milliseconds": dict(self.milliseconds)}
-        return {**content, "checksum": _checksum(content)}
+        return seal(content)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "latency table") -> LatencyTable:
@@ -68,12 +67,7 @@ class LatencyTable:
         Raises:
             ProfileError: when it is damaged or not a latency table.
         """
-        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
-            found = value.get("format") if isinstance(value, Mapping) else value
-            raise ProfileError(f"{where}: expected an object of format {FORMAT!r}, found {found!r:.80}")
-        content = {key: item for key, item in value.items() if key != "checksum"}
-        if "checksum" in value and value["checksum"] != _checksum(content):
-            raise ProfileError(f"{where} is damaged: its checksum does not match; measure it again or copy it anew")
+        content = unseal(value, FORMAT, where, "measure it again or copy it anew")
         names = {item.name for item in fields(cls)}
         missing = sorted(names - set(content) - {"overhead_ms"})
         unknown = sorted(set(content) - names - {"format"})
@@ -84,11 +78,6 @@ class LatencyTable:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @final

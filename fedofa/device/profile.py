@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedofa.device.latency import LatencyTable
+from fedofa.device.sealed import seal, unseal
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, ProfileError
 
@@ -53,7 +53,7 @@ class MeasuredDevice:
             "fit": None if self.fit is None else dict(self.fit),
             "latency": self.latency.to_json(),
         }
-        return {**content, "checksum": _checksum(content)}
+        return seal(content)
 
     @classmethod
     def from_json(cls, value: Any, where: str = "device profile") -> MeasuredDevice:
@@ -62,12 +62,7 @@ class MeasuredDevice:
         Raises:
             ProfileError: when it is damaged or not a device profile.
         """
-        if not isinstance(value, Mapping) or value.get("format") != FORMAT:
-            found = value.get("format") if isinstance(value, Mapping) else value
-            raise ProfileError(f"{where}: expected an object of format {FORMAT!r}, found {found!r:.80}")
-        content = {key: item for key, item in value.items() if key != "checksum"}
-        if "checksum" in value and value["checksum"] != _checksum(content):
-            raise ProfileError(f"{where} is damaged: its checksum does not match; profile the device again")
+        content = unseal(value, FORMAT, where, "profile the device again")
         try:
             return cls(
                 profile=DeviceProfile.from_json(content["profile"]),
@@ -163,8 +158,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

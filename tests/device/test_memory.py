@@ -5,33 +5,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from cohorts import SPECS
+from cohorts import CHAIN_SPEC, SPECS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedofa.device.memory import InferenceMemory, WorkingSet
 from fedofa.device.operators import OperatorIndex
-from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, StageSpec
 
-CHAIN = ChainSpec(
-    (
-        BlockSize(8, 3, 1, 2),
-        BlockSize(16, 5, 4, 2),
-        BlockSize(16, 5, 4),
-        BlockSize(32, 3, 0.5, 2, "residual"),
-        BlockSize(32, 3, 0.5, 1, "residual"),
-    ),
-    in_channels=1,
-    num_classes=5,
-    stem_width=8,
-    feature_width=0,
-    fractions=(0.5, 1.0),
-    resolutions=(16, 20),
-    padding="tensorflow",
-)
-FAMILIES = {**SPECS, "chain": CHAIN}
+FAMILIES = {**SPECS, "chain": CHAIN_SPEC}
 
 
 class LiveTensors(TorchDispatchMode):

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cohorts import SPECS
+from cohorts import CHAIN_SPEC, SPECS
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedofa.device.cost import AnalyticCostModel, LocalWork
@@ -14,30 +14,13 @@ from fedofa.device.models import BytesDown, Macs, Parameters
 from fedofa.device.operators import OperatorIndex, SubnetBatch, operator_of
 from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
 from fedofa.finetune.plans import build_plan
-from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.costs import place_parts
 from fedofa.supernet.families import build_elastic, build_supernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, SpaceError
 
-CHAIN = ChainSpec(
-    (
-        BlockSize(8, 3, 1, 2),
-        BlockSize(16, 5, 4, 2),
-        BlockSize(16, 5, 4),
-        BlockSize(32, 3, 0.5, 2, "residual"),
-        BlockSize(32, 3, 0.5, 1, "residual"),
-    ),
-    in_channels=1,
-    num_classes=5,
-    stem_width=8,
-    feature_width=0,
-    fractions=(0.5, 1.0),
-    resolutions=(16, 20),
-    padding="tensorflow",
-)
-FAMILIES = {**SPECS, "chain": CHAIN}
+FAMILIES = {**SPECS, "chain": CHAIN_SPEC}
 SUPERNETS = {name: build_elastic(spec, torch.Generator().manual_seed(0)) for name, spec in FAMILIES.items()}
 INDICES = {name: OperatorIndex.of(supernet) for name, supernet in SUPERNETS.items()}
 PROFILE = DeviceProfile("any", 1e9, 1e9, 1e6, 1e6)

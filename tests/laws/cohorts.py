@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, StageSpec
@@ -47,6 +48,22 @@ RESNET_SPEC = ResNetSpec(
     widths=(0.5, 0.75, 1.0),
     resolutions=(16, 20),
     norm="group",
+)
+CHAIN_SPEC = ChainSpec(
+    (
+        BlockSize(8, 3, 1, 2),  # keeps a padded copy of the stem's result
+        BlockSize(16, 5, 4, 2),
+        BlockSize(16, 5, 4),
+        BlockSize(32, 3, 0.5, 2, "residual"),
+        BlockSize(32, 3, 0.5, 1, "residual"),
+    ),
+    in_channels=1,
+    num_classes=5,
+    stem_width=8,
+    feature_width=0,
+    fractions=(0.5, 1.0),
+    resolutions=(16, 20),
+    padding="tensorflow",
 )
 SPECS = {spec.family: spec for spec in (SPEC, PROXYLESS_SPEC, RESNET_SPEC)}
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cohorts import SPECS, seeds
+from cohorts import CHAIN_SPEC, SPECS, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
+from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.families import build_elastic, two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
@@ -25,23 +25,7 @@ SUPERNETS = {
     for norm in ("group", "batch")
     for dropout in (0.0, 0.1)
 }
-CHAIN = ChainSpec(
-    (
-        BlockSize(8, 3, 1, 2),  # keeps a padded copy of the stem's result
-        BlockSize(16, 5, 4, 2),
-        BlockSize(16, 5, 4),
-        BlockSize(32, 3, 0.5, 2, "residual"),
-        BlockSize(32, 3, 0.5, 1, "residual"),
-    ),
-    in_channels=1,
-    num_classes=5,
-    stem_width=8,
-    feature_width=0,
-    fractions=(0.5, 1.0),
-    padding="tensorflow",
-    resolutions=(16, 21),
-    dropout=0.0,
-)
+CHAIN = replace(CHAIN_SPEC, resolutions=(16, 21), dropout=0.0)
 SUPERNETS |= {
     (f"chain, {activation}, {norm}, {width} features, pool {pool}", 0.0): ChainSupernet(
         replace(CHAIN, activation=activation, norm=norm, feature_width=width, stem_pool=pool),
