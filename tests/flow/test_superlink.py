@@ -101,8 +101,9 @@ def socket_addresses(pids: list[int]) -> tuple[set[str], set[str]]:
 
 
 def start(overrides, output_dir: Path, *more: str) -> subprocess.Popen:
+    """The command, which heeds Ctrl-C even where a script has the tests in its background and so ignores it."""
     settings = overrides(output_dir, "runtime=superlink", *QUICK, *more)
-    command = [sys.executable, "-m", "server", "simulate", *settings]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "server", "simulate", *settings]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
