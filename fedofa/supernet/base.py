@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NoReturn, final
 
@@ -59,6 +61,21 @@ def fill_skeleton(skeleton: nn.Module, tensors: Mapping[str, Tensor], *, frozen:
         held: dict[str, Any] = own
         held[name] = nn.Parameter(tensors[full], not frozen) if isinstance(own[name], nn.Parameter) else tensors[full]
     return skeleton.eval() if frozen else skeleton
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage collector rests: a module is thousands of new objects, none of them garbage.
+
+    Making a large one would set off the collector several times, each time over objects that stay.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -221,7 +238,8 @@ class Supernet(nn.Module, ABC):
     def build(self, subnet: SubnetConfig, shared: Mapping[str, np.ndarray | Tensor] | None = None) -> nn.Module:
         """The subnet as a module with weights of its own (see `cut`)."""
         tensors = self.cut(subnet, shared)  # checks the subnet
-        return self.assemble(subnet, tensors)
+        with _no_collection():
+            return self.assemble(subnet, tensors)
 
     @final
     def attach(self, subnet: SubnetConfig, arrays: Mapping[str, np.ndarray]) -> nn.Module:
@@ -238,10 +256,10 @@ class Supernet(nn.Module, ABC):
             SpaceError: when the subnet is not of this space, or the names are not exactly its own.
         """
         self.space.check(subnet)
-        with warnings.catch_warnings():
+        with _no_collection(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return self.assemble(subnet, tensors, frozen=True)
+            return self.assemble(subnet, tensors, frozen=True)
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
