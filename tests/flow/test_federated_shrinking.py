@@ -83,6 +83,24 @@ def test_clients_calibrate_batch_norm_for_scores_frozen_training_and_teachers(si
 
 
 @pytest.mark.slow
+def test_law_7_shrinking_with_calibrating_clients_gives_the_same_digest_on_every_runtime(simulate, tmp_path):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    present = [f"fleet.classes.{name}.availability=1.0" for name in ("sensor_board", "raspberry_pi", "phone")]
+    settings = (
+        *(*QUICK, *present, "fleet.classes.workstation.availability=1.0"),
+        *("rounds=2", "fleet.num_clients=3", "fleet.clients_per_round=3", "data.test_examples=4000"),
+        *("shrinking=sandwich", "supernet.norm=batch", "evaluation.calibration=clients"),
+    )
+    expected = simulate(tmp_path / "in_process", *settings, "runtime.num_workers=1")
+    assert any(item["teacher"] for line in lines(tmp_path / "in_process") for item in line["cohort"])
+    for runtime in ("ray", "superlink"):
+        got = simulate(tmp_path / runtime, *settings, f"runtime={runtime}")
+        assert got["num_failures"] == 0
+        assert got["shared_digest"] == expected["shared_digest"]
+        assert got["subnets"] == expected["subnets"]
+
+
+@pytest.mark.slow
 def test_attentive_needs_images_on_the_server_and_runs_with_them(simulate, overrides, tmp_path, capsys):
     from server.cli import main
 
