@@ -1,0 +1,195 @@
+"""What each trainable set reaches and takes: `python benchmarks/finetune_accuracy.py`, EfficientNet-Lite0 on CIFAR-10.
+
+Every row is a federation of 20 clients (Dirichlet 0.5) that fine-tune the largest subnet at 96 px from its ImageNet
+features, the same rounds, steps and batches for all; statistics of batch norm are frozen, calibrated by the server. The
+learning rate is the best of `--rates` for each row by the accuracy on the global test set, which flatters every row
+alike. Memory and time are those of two steps of 16 images in a process of their own (see `finetune_memory`), above the
+process just before them; rows that begin with "stock" run plain torch and glibc's allocator as it is.
+
+Runs that are there already are not run again. The last line is machine-readable: how far the best lean row within a
+1/25 of stock's memory is from the best stock row, in points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune_memory import measure_training
+
+from fedofa.finetune.memory import tune_allocator
+from fedofa.finetune.plans import build_plan
+from fedofa.report import style
+from fedofa.supernet.chain import ChainSupernet
+from fedofa.supernet.pretrained import READY_MADE
+from server.checkpoint import replace_file
+from server.outputs import versions
+
+_RESOLUTION = 96
+_STOCK = "stock"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A trainable set under its plan's levers."""
+
+    name: str
+    kind: str
+    lean: bool = True
+    micro_batch: int = 1
+
+    def overrides(self) -> list[str]:
+        """The settings that differ from row to row."""
+        lean = str(self.lean).lower()
+        return [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"finetune.micro_batch={self.micro_batch}"]
+
+
+ROWS = (
+    Row("stock full", "full", lean=False, micro_batch=0),
+    Row("stock bias", "bias", lean=False, micro_batch=0),
+    Row("full", "full"),
+    Row("last 4 blocks", "last_blocks(4)"),
+    Row("bias", "bias"),
+    Row("head", "head"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What all rows share."""
+
+    folder: Path
+    rounds: int
+    cohort: int
+    steps: int
+    test_examples: int
+    rates: Sequence[float]
+    seed: int
+    data_path: Path
+
+    def run(self, row: Row, rate: float) -> dict[str, Any]:
+        """The summary of the row's federation, run unless it is there."""
+        folder = self.folder / f"{row.name.replace(' ', '_')}-{rate:g}"
+        if not (folder / "summary.json").exists():
+            command = [sys.executable, "-m", "server", "simulate", *self.settings(folder, rate), *row.overrides()]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads((folder / "summary.json").read_text())
+
+    def settings(self, folder: Path, rate: float) -> list[str]:
+        """The overrides of a row's federation that are not the row's own."""
+        return [
+            "supernet=efficientnet_lite0", f"supernet.resolutions=[{_RESOLUTION}]", "supernet.dropout=0",
+            "data=cifar10", f"data.path={self.data_path}", f"data.test_examples={self.test_examples}",
+            "data.calibration_examples=500", "partition.alpha=0.5",
+            "fleet=unlimited", "fleet.num_clients=20", f"fleet.clients_per_round={self.cohort}",
+            "finetune.statistics=frozen", "finetune.recompute=never", "finetune.max_shift=0",
+            "finetune.batch_size=16", f"finetune.max_steps={self.steps}", f"finetune.learning_rate={rate}",
+            "evaluation.comparison=false", "evaluation.clients=false", f"evaluation.every={self.rounds}",
+            f"rounds={self.rounds}", f"seed={self.seed}", f"output_dir={folder}",
+            f"resume={str((folder / 'checkpoints').exists()).lower()}",
+        ]  # fmt: skip
+
+    def best(self, row: Row) -> dict[str, Any]:
+        """The row's most accurate run, with what its training takes."""
+        runs = {rate: self.run(row, rate) for rate in self.rates}
+        accuracy = {rate: _largest(summary)["accuracy"] for rate, summary in runs.items()}
+        rate = max(self.rates, key=lambda rate: accuracy[rate])
+        uploads = self.rounds * self.cohort
+        taken = {"accuracy": accuracy[rate], "learning_rate": rate, "bytes_up": runs[rate]["bytes_up"] / uploads}
+        return {"name": row.name, **taken, **self.memory(row)}
+
+    def memory(self, row: Row) -> dict[str, float]:
+        """Peak memory and time of the row's training, in a process of its own."""
+        command = [sys.executable, __file__, "--measure", row.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def _largest(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(row for row in summary["subnets"] if row["name"] == "largest")
+
+
+def measure(row: Row) -> dict[str, float]:
+    """What two steps take in this process."""
+    torch.set_num_threads(1)
+    if not row.name.startswith(_STOCK):
+        tune_allocator()
+    spec = replace(READY_MADE["efficientnet_lite0"], num_classes=10, resolutions=(_RESOLUTION,))
+    supernet = ChainSupernet(spec, torch.Generator().manual_seed(0))
+    subnet = supernet.space.largest()
+    plan = build_plan(
+        row.kind, supernet.block_costs(subnet), statistics="frozen", lean=row.lean, micro_batch=row.micro_batch
+    )
+    return measure_training(supernet.build(subnet), plan, _RESOLUTION)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy against the memory of training."""
+    figure = style.new_figure("What trains, what it takes, what it reaches", 5.0)
+    axes = figure.add_axes((style.LEFT, 0.13, style.RIGHT - style.LEFT, 0.7))
+    style.style_axes(axes, "Accuracy on the global test set (%) against peak memory of training (MB, logarithmic)")
+    axes.set_xscale("log")
+    for row in rows:
+        colour = style.PALETTE[1 if row["name"].startswith(_STOCK) else 0]
+        axes.plot(row["peak"], 100 * row["accuracy"], "o", color=colour)
+        offset = (6, 5)
+        axes.annotate(row["name"], (row["peak"], 100 * row["accuracy"]), offset, textcoords="offset points", fontsize=9)
+    style.scale_percent(axes, [100 * row["accuracy"] for row in rows], padding=0.12, least_padding=1.5)
+    axes.set_xlim(min(row["peak"] for row in rows) / 1.3, max(row["peak"] for row in rows) * 1.6)
+    style.save_png(figure, path)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what was found; the last line is machine-readable."""
+    print(f"{'trains':<22}{'accuracy':>9}{'kB up':>8}{'peak MB':>9}{'time':>6}{'rate':>7}")
+    stock = rows[0]
+    for row in rows:
+        figures = f"{row['accuracy']:9.3f}{row['bytes_up'] / 1e3:8.0f}{row['peak']:9.1f}"
+        print(f"{row['name']:<22}{figures}{row['seconds'] / stock['seconds']:6.2f}{row['learning_rate']:7g}")
+    print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
+    best = max((row for row in rows if row["name"].startswith(_STOCK)), key=lambda row: row["accuracy"])
+    lean = [row for row in rows if row["peak"] * 25 <= best["peak"]]
+    if lean:
+        top = max(lean, key=lambda row: row["accuracy"])
+        points, memory = 100 * (best["accuracy"] - top["accuracy"]), best["peak"] / top["peak"]
+        print(f"best_lean={top['name'].replace(' ', '_')} points_below_stock={points:.2f} memory_ratio={memory:.1f}")
+    else:
+        print("best_lean=none")
+
+
+def main() -> None:
+    """Run what is missing, then print and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/finetune_accuracy"))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--cohort", type=int, default=5, help="clients a round, of 20")
+    parser.add_argument("--steps", type=int, default=10, help="of 16 images, a client and round")
+    parser.add_argument("--test-examples", type=int, default=2000)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.03])
+    parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
+    parser.add_argument("--measure", choices=[row.name for row in ROWS], help="measure one row in this process")
+    given = parser.parse_args()
+    named = {row.name: row for row in ROWS}
+    if given.measure:
+        print(json.dumps(measure(named[given.measure])))
+        return
+    paths = {"folder": given.folder.resolve(), "data_path": given.data_path.resolve()}
+    settings = {name: getattr(given, name) for name in ("rounds", "cohort", "steps", "test_examples", "rates", "seed")}
+    study = Study(**paths, **settings)
+    rows = [study.best(named[name]) for name in given.rows]
+    replace_file(study.folder / "result.json", json.dumps(rows, indent=1).encode())
+    draw(rows, study.folder / "accuracy_vs_memory.png")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
