@@ -228,7 +228,7 @@ SUPERNETS: dict[str, type] = {
 class FinetuneConf:
     """How clients train (see fedofa.finetune)."""
 
-    plans: list[str] = MISSING  # in order of preference: "full", "last_blocks(k)", "bias", "head"
+    plans: list[str] = MISSING  # in order of preference; names as in fedofa.finetune.plans.KINDS
     recompute: str = MISSING  # gradient checkpointing: "auto" where it buys a larger subnet | "never" | "always"
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
     lean: bool = MISSING  # operations that keep only what their gradients need
