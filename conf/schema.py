@@ -122,6 +122,7 @@ class MobileNetV3Conf:
     norm: str = MISSING  # "group" | "batch"
     norm_eps: float = MISSING
     dropout: float = MISSING
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass
@@ -143,6 +144,7 @@ class ProxylessConf:
     norm: str = MISSING  # "group" | "batch"
     norm_eps: float = MISSING
     dropout: float = MISSING
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass
@@ -205,6 +207,7 @@ class ChainConf:
     dropout: float = MISSING
     mean: list[float] = field(default_factory=list)  # of pixels in [0, 1], that the weights expect; []: the data's own
     std: list[float] = field(default_factory=list)
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass

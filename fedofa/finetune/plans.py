@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from fedofa.finetune.sparse import Contributions
 from fedofa.supernet.costs import BlockCost, in_backward
-from fedofa.supernet.network import ParameterSpec
+from fedofa.supernet.network import ParameterSpec, is_lite
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 
-KINDS = ("full", "last_blocks(k)", "head", "bias", "sparse(f)", "lora(r)")
+KINDS = ("full", "last_blocks(k)", "head", "bias", "lite_residual", "sparse(f)", "lora(r)")
 
 MICRO_BATCH_REFUSAL = (
     "micro-batches change what batch norm computes where it takes the batch's own statistics; set "
@@ -39,7 +39,8 @@ def build_plan(
     Args:
         name: "full"; "last_blocks(k)": the last k elastic blocks (all, where the subnet has fewer) and all after
             them; "head": the last block only;
-            "bias": every bias (of norms too) and the head, after TinyTL (arXiv 2007.11622); "sparse(f)": the head, and
+            "bias": every bias (of norms too) and the head, after TinyTL (arXiv 2007.11622);
+            "lite_residual": those and the lite residual branches, after the same; "sparse(f)": the head, and
             the biases and weights that contribute most within a fraction f of the memory that training all takes (see
             `sparse`); "lora(r)": factors of rank r for every linear and pointwise weight (arXiv 2106.09685).
         blocks: the subnet's blocks, in forward order.
@@ -134,9 +135,21 @@ def _trainable(name: str, blocks: Sequence[BlockCost]) -> list[str]:
     if name == "bias":
         biases = [item.name for block in blocks for item in block.parameters if item.name.endswith(".bias")]
         return biases + head
+    if name == "lite_residual":
+        return _lite_residual(blocks) + head
     if match:
         return _last_blocks(int(match[1]), blocks)
     raise ConfigError(f"finetune.plans: unknown plan {name!r}; known: {', '.join(KINDS)}")
+
+
+def _lite_residual(blocks: Sequence[BlockCost]) -> list[str]:
+    names = [item.name for block in blocks for item in block.parameters]
+    if not any(map(is_lite, names)):
+        raise ConfigError(
+            "finetune.plans: 'lite_residual' trains branches that this supernet does not have; set "
+            "supernet.lite_residual=true, or take another plan"
+        )
+    return [name for name in names if is_lite(name) or name.endswith(".bias")]
 
 
 def _sparse(

@@ -11,6 +11,7 @@ COMMON = (*QUICK, "data.calibration_examples=60")
 SETS = {
     "sparse": ("finetune=sparse",),
     "lora": ("finetune=lora", 'finetune.plans=["lora(2)"]'),
+    "lite_residual": ("finetune=lite_residual", "supernet.lite_residual=true"),
 }
 
 
