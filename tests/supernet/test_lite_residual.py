@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import Plain
+from fedofa.device.latency import roofline_table
+from fedofa.device.ofa_tables import ofa_entries
+from fedofa.device.operators import OperatorIndex
 from fedofa.finetune.engine import planned
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining, fine_tune
@@ -21,7 +24,8 @@ from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.network import is_lite
 from fedofa.supernet.pretrained import load_weights
 from fedofa.supernet.published import save_published
-from fedofa.types.errors import CheckpointError, ConfigError
+from fedofa.types.device import DeviceProfile
+from fedofa.types.errors import CheckpointError, ConfigError, ProfileError
 from server.weights import start_from, write_supernet
 
 LITE = {
@@ -220,3 +224,9 @@ def test_published_files_hold_no_branches_and_say_so(tmp_path):
     with pytest.raises(CheckpointError, match="published files hold no lite residual branches"):
         save_published(supernet, tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+def test_published_latency_tables_do_not_speak_of_branches():
+    index = OperatorIndex.of(MobileNetV3Supernet(MobileNetV3Spec(lite_residual=True)))
+    with pytest.raises(ProfileError, match=r"set supernet\.lite_residual=false"):
+        ofa_entries(roofline_table(index, DeviceProfile("any", 1e9, 1e9, 1e6, 1e6)), index)

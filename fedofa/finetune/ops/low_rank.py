@@ -33,7 +33,7 @@ class LowRankLayer(AdaptedLayer):
     def __init__(self, plain: nn.Conv2d | nn.Linear, keeper: Keeper, rank: int, generator: torch.Generator) -> None:
         super().__init__(plain, keeper)
         out_channels, in_channels = self.weight.shape[:2]
-        drawn = torch.randn(rank, in_channels, generator=generator, dtype=self.weight.dtype)
+        drawn = torch.randn(rank, in_channels, generator=generator).to(self.weight)
         self.left = nn.Parameter(self.weight.new_zeros(out_channels, rank))
         self.right = nn.Parameter(drawn / in_channels**0.5)
 
