@@ -24,7 +24,6 @@ from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.network import is_lite
 from fedofa.supernet.pretrained import load_weights
 from fedofa.supernet.published import save_published
-from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import CheckpointError, ConfigError, ProfileError
 from server.weights import start_from, write_supernet
 
@@ -227,6 +226,8 @@ def test_published_files_hold_no_branches_and_say_so(tmp_path):
 
 
 def test_published_latency_tables_do_not_speak_of_branches():
-    index = OperatorIndex.of(MobileNetV3Supernet(MobileNetV3Spec(lite_residual=True)))
+    index = OperatorIndex.of(SUPERNETS["mobilenet_v3"])
+    rates = {"macs_per_second": 1e8, "bytes_per_second": 1e9, "launch_ms": 0.02}
+    table = roofline_table(index, **rates, engine="x", source="made up")
     with pytest.raises(ProfileError, match=r"set supernet\.lite_residual=false"):
-        ofa_entries(roofline_table(index, DeviceProfile("any", 1e9, 1e9, 1e6, 1e6)), index)
+        ofa_entries(table, index)
