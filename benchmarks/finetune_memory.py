@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from fedofa.finetune.engine import planned
 from fedofa.finetune.memory import tune_allocator
-from fedofa.finetune.plans import build_plan, choose_segments
+from fedofa.finetune.plans import build_plan, choose_segments, needs_contributions
+from fedofa.finetune.probing import measure_contributions
+from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.pretrained import READY_MADE
@@ -33,6 +36,7 @@ from fedofa.types.plan import FineTunePlan
 
 _BATCH = 16
 _STEPS = 2
+_PROBED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,10 @@ ROWS = (
     Row("bias, lean, micro-batch 1", "bias", {**_LEAN, "micro_batch": 1}),
     Row("last 4 blocks, lean, micro-batch 1", "last_blocks(4)", {**_LEAN, "micro_batch": 1}),
     Row("head, lean, micro-batch 1", "head", {**_LEAN, "micro_batch": 1}),
+    Row("lite residual, lean, micro-batch 1", "lite_residual", {**_LEAN, "micro_batch": 1}),
+    Row("lora(4), lean, micro-batch 1", "lora(4)", {**_LEAN, "micro_batch": 1}),
+    Row("sparse(0.25), lean, micro-batch 1", "sparse(0.25)", {**_LEAN, "micro_batch": 1}),
+    Row("sparse(0.1), lean, micro-batch 1", "sparse(0.1)", {**_LEAN, "micro_batch": 1}),
 )
 
 
@@ -88,25 +96,47 @@ def saved_bytes(model: nn.Module, plan: FineTunePlan, inputs: Tensor) -> int:
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with planned(model, plan, torch.Generator()), torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
+    with (
+        planned(model, plan, torch.Generator().manual_seed(0)),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item),
+    ):
         kept = model(inputs[: plan.micro_batch or len(inputs)])
     del kept
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
-def measure(row: Row) -> dict[str, float]:
+def build_supernet(row: Row) -> ChainSupernet:
+    """MobileNetV2 with random weights, with lite residual branches for the plan that trains them."""
+    spec = replace(READY_MADE["mobilenet_v2"], num_classes=100, lite_residual=row.kind == "lite_residual")
+    return ChainSupernet(spec, torch.Generator().manual_seed(0))
+
+
+@cache
+def contributions() -> Contributions:
+    """Of the network's layers, on a few random images."""
+    supernet = build_supernet(ROWS[0])
+    subnet = supernet.space.largest()
+    images = torch.randn(_PROBED, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(_PROBED)
+    return measure_contributions(supernet.build(subnet), supernet.block_costs(subnet), images, labels)
+
+
+def make_plan(row: Row) -> FineTunePlan:
+    """A row's plan; made outside of the measured process, since measuring contributions takes memory."""
+    supernet = build_supernet(row)
+    blocks = supernet.block_costs(supernet.space.largest())
+    measured = contributions() if needs_contributions([row.kind]) else None
+    plan = replace(build_plan(row.kind, blocks, recompute=row.each_block, contributions=measured), **row.levers)
+    return replace(plan, recompute=choose_segments(blocks, plan.changes)) if row.segments else plan
+
+
+def measure(row: Row, plan: FineTunePlan) -> dict[str, float]:
     """One row, in this process."""
     torch.set_num_threads(1)
     if not row.name.startswith("stock"):
         tune_allocator()
-    spec = replace(READY_MADE["mobilenet_v2"], num_classes=100)
-    supernet = ChainSupernet(spec, torch.Generator().manual_seed(0))
-    subnet = supernet.space.largest()
-    blocks = supernet.block_costs(subnet)
-    plan = replace(build_plan(row.kind, blocks, recompute=row.each_block), **row.levers)
-    if row.segments:
-        plan = replace(plan, recompute=choose_segments(blocks, plan.trainable))
-    return measure_training(supernet.build(subnet), plan, 224)
+    supernet = build_supernet(row)
+    return measure_training(supernet.build(supernet.space.largest()), plan, 224)
 
 
 def measure_training(model: nn.Module, plan: FineTunePlan, resolution: int) -> dict[str, float]:
@@ -139,12 +169,12 @@ def measure_training(model: nn.Module, plan: FineTunePlan, resolution: int) -> d
 def main() -> None:
     """Measure every row in a process of its own and print the table."""
     if len(sys.argv) > 1:
-        print(json.dumps(measure(ROWS[int(sys.argv[1])])))
+        print(json.dumps(measure(ROWS[int(sys.argv[1])], FineTunePlan.from_json(json.loads(sys.argv[2])))))
         return
     found = []
     print(f"{'plan':40} {'saved MB':>9} {'peak MB':>9} {'process MB':>11} {'time':>6}")
     for number, row in enumerate(ROWS):
-        command = [sys.executable, __file__, str(number)]
+        command = [sys.executable, __file__, str(number), json.dumps(make_plan(row).to_json())]
         result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         found.append(result)
         ratio = result["seconds"] / found[0]["seconds"]

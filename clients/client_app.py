@@ -66,6 +66,7 @@ def train(message: Message, context: Context) -> Message:
         num_steps=result.num_steps,
         weights=result.weights,
         parametrised=task.plan.parametrised,
+        low_rank=result.low_rank,
     )
     state = load_client_state(context.state, client.client_id)
     save_client_state(context.state, state.after_round(task.round, result.loss))

@@ -122,6 +122,7 @@ class MobileNetV3Conf:
     norm: str = MISSING  # "group" | "batch"
     norm_eps: float = MISSING
     dropout: float = MISSING
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass
@@ -143,6 +144,7 @@ class ProxylessConf:
     norm: str = MISSING  # "group" | "batch"
     norm_eps: float = MISSING
     dropout: float = MISSING
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass
@@ -205,6 +207,7 @@ class ChainConf:
     dropout: float = MISSING
     mean: list[float] = field(default_factory=list)  # of pixels in [0, 1], that the weights expect; []: the data's own
     std: list[float] = field(default_factory=list)
+    lite_residual: bool = MISSING  # whether blocks have the branches that finetune=lite_residual trains
 
 
 @dataclass
@@ -228,7 +231,7 @@ SUPERNETS: dict[str, type] = {
 class FinetuneConf:
     """How clients train (see fedofa.finetune)."""
 
-    plans: list[str] = MISSING  # in order of preference: "full", "last_blocks(k)", "bias", "head"
+    plans: list[str] = MISSING  # in order of preference; names as in fedofa.finetune.plans.KINDS
     recompute: str = MISSING  # gradient checkpointing: "auto" where it buys a larger subnet | "never" | "always"
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
     lean: bool = MISSING  # operations that keep only what their gradients need

@@ -19,7 +19,8 @@ from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain, Serv
 from fedofa.data.federation import FederatedData
 from fedofa.data.sources import ImageSet
 from fedofa.device.cost import AnalyticCostModel
-from fedofa.finetune.plans import build_plan
+from fedofa.finetune.plans import build_plan, needs_contributions
+from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.shrinking.schedule import ShrinkSchedule
@@ -126,15 +127,16 @@ def build_parts(conf: SimulateConf) -> Parts:
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     if conf.supernet_weights:
         say(start_from_weights(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
-    plans = _plans(conf.finetune)
-    smallest = supernet.block_costs(supernet.space.smallest())
-    for plan_of in itertools.chain.from_iterable(plans):
-        plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
-    search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     normalisation = supernet.normalisation or own
     by_clients = conf.evaluation.calibration == "clients"
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by_clients=by_clients)
+    sparse = needs_contributions(conf.finetune.plans)
+    plans = _plans(conf.finetune, contributions=scorer.contributions(supernet.state()) if sparse else None)
+    smallest = supernet.block_costs(supernet.space.smallest())
+    for plan_of in itertools.chain.from_iterable(plans):
+        plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
+    search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
     parts = Parts(conf, data, supernet, search, training, optimiser, scorer, _schedule(conf, supernet, data))
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
@@ -251,10 +253,12 @@ def build_first(description: dict[str, Any], generator: torch.Generator) -> Supe
     return start_from(structure.spec, pretrained, generator)
 
 
-def _plans(conf: FinetuneConf, *, parametrised: bool = False) -> list[list[PlanOf]]:
+def _plans(
+    conf: FinetuneConf, *, parametrised: bool = False, contributions: Contributions | None = None
+) -> list[list[PlanOf]]:
     """The plans in order of preference, each with the ways of recomputing that are allowed."""
     settings = {"statistics": conf.statistics, "lean": conf.lean, "micro_batch": conf.micro_batch}
-    settings |= {"parametrised": parametrised}
+    settings |= {"parametrised": parametrised, "contributions": contributions}
     return [
         [partial(build_plan, name, recompute=again, **settings) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans

@@ -162,14 +162,16 @@ def untrainable(supernet: Supernet, state: SharedState, fits: Iterable[Fit]) -> 
     Kernel matrices and batch-norm statistics are not trained by design and not listed.
     """
     reached: dict[str, np.ndarray] = {}
-    seen: set[tuple[SubnetConfig, tuple[str, ...]]] = set()
+    seen: set[tuple[SubnetConfig, str]] = set()
     for fit in fits:
-        if (fit.subnet, fit.plan.trainable) in seen:
+        plan, key = fit.plan, (fit.subnet, fit.plan.digest())
+        if key in seen:
             continue
-        seen.add((fit.subnet, fit.plan.trainable))
-        slices = supernet.slice_map(fit.subnet, fit.plan.parametrised)
-        for name in fit.plan.trainable:
-            mask = slices[name].reach(state.tensors)
+        seen.add(key)
+        slices = supernet.slice_map(fit.subnet, plan.parametrised)
+        for name in plan.changes:
+            part = slices[name].leading(plan.part_shape(name, slices[name].shape))
+            mask = part.reach(state.tensors)
             reached[name] = reached[name] | mask if name in reached else mask
     everything = supernet.slice_map(supernet.space.largest()).trainable
     missing = {name: 1.0 - float(reached[name].mean()) if name in reached else 1.0 for name in everything}

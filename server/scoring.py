@@ -12,11 +12,16 @@ from fedofa.data.federation import Examples
 from fedofa.evaluation.calibration import CALIBRATION_BATCH, apply_sums, calibrate
 from fedofa.evaluation.metrics import Score, evaluate
 from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.probing import measure_contributions
+from fedofa.finetune.sparse import Contributions
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 from fedofa.types.statistics import StatisticSums
+
+_PROBE_EXAMPLES = 256
+"""Examples, at most, on which contributions of layers are measured."""
 
 SumsOf = Mapping[SubnetConfig, StatisticSums]
 """The clients' statistics, by subnet."""
@@ -104,6 +109,26 @@ class Scorer:
         if self.calibrates:
             calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
         return evaluate(module, self._inputs(self.calibration, subnet), torch.from_numpy(self.calibration.labels)).loss
+
+    def contributions(self, state: SharedState) -> Contributions:
+        """What the layers of the largest subnet contribute, measured on some of the server's calibration examples.
+
+        Raises:
+            ConfigError: where the server holds none.
+        """
+        if not len(self.calibration.labels):
+            raise ConfigError(
+                "data.calibration_examples: layers of a sparse plan are chosen by gradients on images that the server "
+                "holds: expected at least 1, found 0; set it to 100 to 500"
+            )
+        subnet = self.supernet.space.largest()
+        module = self._cut(state, subnet)
+        if self.calibrates:
+            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
+        some = slice(None, None, -(-len(self.calibration.labels) // _PROBE_EXAMPLES))
+        examples = Examples(self.calibration.images[some], self.calibration.labels[some])
+        inputs, labels = self._inputs(examples, subnet), torch.from_numpy(examples.labels)
+        return measure_contributions(module, self.supernet.block_costs(subnet), inputs, labels)
 
     def input_shape(self, subnet: SubnetConfig) -> tuple[int, ...]:
         """Shape of one example as the subnet takes it, `(1, channels, height, width)`."""

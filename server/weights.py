@@ -17,6 +17,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.network import is_lite
 from fedofa.supernet.published import start_from_published
 from fedofa.types.errors import CheckpointError
 from fedofa.types.state import SharedState
@@ -24,8 +25,8 @@ from server.checkpoint import replace_file
 
 _TENSORS, _DESCRIPTION = "supernet.safetensors", "supernet.json"
 _ORDERING = "ordering/"
-_MAY_DIFFER = ("dropout",)
-"""Settings of a supernet that change none of its weights and none of its subnets."""
+_MAY_DIFFER = ("dropout", "lite_residual")
+"""Settings of a supernet that change none of the weights that both have."""
 
 
 def write_supernet(
@@ -87,6 +88,8 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
     _check_description(folder, description, supernet.description())
     ordering = {name.removeprefix(_ORDERING): item for name, item in arrays.items() if name.startswith(_ORDERING)}
     tensors = {name: item for name, item in arrays.items() if not name.startswith(_ORDERING)}
+    if not any(map(is_lite, tensors)):  # branches that are added now begin as this run draws them
+        tensors |= {name: item for name, item in supernet.state().tensors.items() if is_lite(name)}
     try:
         supernet.load_state(SharedState(0, tensors, ordering))
     except CheckpointError as error:

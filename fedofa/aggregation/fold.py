@@ -1,7 +1,8 @@
 """The fold: deltas of unlike subnets become one change of the shared weights.
 
 The folded change is the minimum-norm w that minimises sum_c n_c |A_c w - d_c|^2 over the clients c with n_c examples,
-slice map A_c and delta d_c. For slices that is the mean over the clients that cover a coordinate, weighted by examples.
+slice map A_c and delta d_c. For slices that is the mean over the clients that cover a coordinate, weighted by examples;
+a client that trained the leading part of a weight covers no more than that part.
 For elastic kernels, whose small sizes are linear images of the large one, it is one small least-squares problem a
 channel and pattern of coverage. Sums are int64 fixed point: order and grouping of the deltas cannot change a bit.
 """
@@ -60,12 +61,16 @@ class FoldSums:
     def add(self, delta: SubnetDelta) -> None:
         """Add one client's delta, weighted by its examples; all of it or, on an error, nothing.
 
+        A change of low rank is added as the product of its factors: what comes out is exactly the mean of the products,
+        and not the product of the factors' means, which is another change. It may have a higher rank than each of them.
+
         Raises:
             FoldError: when it could overflow the fixed-point sums.
         """
         self._check_capacity(1)
         slices = self.slice_map(delta.subnet, delta.parametrised)
-        slices.accumulate(self.sums, delta.weights, delta.num_examples)
+        products = {name: pair.product(slices[name].shape) for name, pair in delta.low_rank.items()}
+        slices.accumulate(self.sums, {**delta.weights, **products}, delta.num_examples)
         for name in delta.weights:
             item = slices[name]
             if item.kernel is not None:

@@ -104,8 +104,13 @@ class AnalyticCostModel(CostModel):
         work: LocalWork,
         teacher: Sequence[BlockCost] = (),
     ) -> RoundCost:
-        names = set(plan.trainable)
-        trained = sum(item.numel for block in blocks for item in block.parameters if item.name in names)
+        names = set(plan.changes)
+        trained = sum(
+            plan.num_trained(item.name, item.shape)
+            for block in blocks
+            for item in block.parameters
+            if item.name in names
+        )
         parameters = sum(block.num_parameters for block in blocks)
         macs = sum(block.macs for block in blocks)
         statistics = sum(block.num_statistics for block in blocks)
@@ -146,7 +151,8 @@ class AnalyticCostModel(CostModel):
         """Weights, the received copy, gradients, optimiser state, inputs, kept activations and the widest temporary.
 
         A recomputed block keeps its input; while one of them is recomputed, its own activations exist as well. For lean
-        operations this is an upper bound: `fedofa.finetune.memory` follows what they keep.
+        operations, and where a leading part of a weight trains, this is an upper bound: `fedofa.finetune.memory`
+        follows what they keep.
         """
         again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)

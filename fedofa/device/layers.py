@@ -79,6 +79,10 @@ def _mbconv(part: MBConvSpec, operator: Operator, side: int, out_side: int) -> I
         for conv in part.squeeze_excite:
             yield Layer(conv, 1, 1, held + gated)
     yield Layer(part.project, out_side, out_side, held)
+    if part.lite is not None:
+        pooled = -(-side // 2)
+        for conv in part.lite:
+            yield Layer(conv, pooled, pooled, operator.output_elements)
 
 
 def _bottleneck(part: BottleneckSpec, operator: Operator, side: int, out_side: int) -> Iterator[Layer]:

@@ -11,7 +11,14 @@ import numpy as np
 from fedofa.device.layers import Layer, layers_of
 from fedofa.device.models import KILOBYTE, MEGABYTE, SubnetCostModel
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
-from fedofa.supernet.network import GROUP_NORM_CHANNELS, BottleneckSpec, ConvSpec, MBConvSpec, same_padding
+from fedofa.supernet.network import (
+    GROUP_NORM_CHANNELS,
+    LITE_NORM,
+    BottleneckSpec,
+    ConvSpec,
+    MBConvSpec,
+    same_padding,
+)
 
 _BYTES = 4
 
@@ -66,13 +73,16 @@ def _live(operator: Operator) -> Iterator[int]:
             yield x + _made(layers[0], operator.norm)
             yield x + (2 * out if part.residual else 0)
         case MBConvSpec():
+            layers, branch = (layers[:-2], layers[-2:]) if part.lite else (layers, [])
             for number, layer in enumerate(layers):
                 own = 0 if number == 0 else layer.input_elements
                 gated = layers[-1].input_elements if layer.in_side == 1 and part.squeeze_channels else 0
                 yield x + own + gated + _made(layer, operator.norm)
             if part.squeeze_channels:
                 yield x + 2 * layers[-1].input_elements + part.mid_channels
-            yield x + 2 * out
+            for layer in branch:
+                yield x + out + layer.input_elements + _made(layer, LITE_NORM)
+            yield x + (3 if branch else 2) * out
         case BottleneckSpec():
             yield x + _made(layers[0], operator.norm)
             for layer in layers[1:3]:

@@ -61,6 +61,8 @@ def _keys(index: OperatorIndex) -> Iterable[tuple[Operator, str | None]]:
     family = index.encoding.space.family
     if family not in _KINDS:
         raise ProfileError(f"published latency tables: expected a family of {sorted(_KINDS)}, found {family!r}")
+    if any(isinstance(item.part, MBConvSpec) and item.part.has_lite for item in index.operators):
+        raise ProfileError("published latency tables know no lite residual branches; set supernet.lite_residual=false")
     for place, name in enumerate(index.places):
         for number in index.operators_in(place):
             operator = index.operators[number]

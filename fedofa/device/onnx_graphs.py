@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fedofa.device.operators import Operator
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
+    LITE_NORM,
     BottleneckSpec,
     ConvSpec,
     MBConvSpec,
@@ -113,14 +114,25 @@ class GraphBuilder:
     def _mbconv(self, x: str, part: MBConvSpec, norm: str, side: int) -> str:
         y = x if part.expand is None else self._conv(x, part.expand, norm, side)
         y = self._conv(y, part.depthwise, norm, side)
-        side = -(-side // part.stride)
+        in_side, side = side, -(-side // part.stride)
         if part.squeeze_excite is not None:
             gate = self._node("GlobalAveragePool", y)
             for conv in part.squeeze_excite:
                 gate = self._conv(gate, conv, norm, 1)
             y = self._node("Mul", y, gate)
         y = self._conv(y, part.project, norm, side)
-        return self._node("Add", x, y) if part.residual else y
+        y = self._node("Add", x, y) if part.residual else y
+        return y if part.lite is None else self._node("Add", y, self._lite(x, part.lite, in_side, side))
+
+    def _lite(self, x: str, branch: tuple[ConvSpec, ConvSpec], side: int, out_side: int) -> str:
+        pooled = -(-side // 2)
+        y = self._node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+        for conv in branch:
+            y = self._conv(y, conv, LITE_NORM, pooled)
+        if pooled == out_side:
+            return y
+        sizes = self._tensor(np.array([1, branch[1].out_channels, out_side, out_side], np.int64))
+        return self._node("Resize", y, "", "", sizes, mode="linear", coordinate_transformation_mode="half_pixel")
 
     def _bottleneck(self, x: str, part: BottleneckSpec, norm: str, side: int) -> str:
         y = self._conv(x, part.reduce, norm, side)

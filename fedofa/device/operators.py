@@ -94,6 +94,7 @@ def _key(placed: PlacedPart, norm: str) -> str:
         case MBConvSpec():
             sizes = f"mid={part.mid_channels} k={part.kernel} s={part.stride} se={part.squeeze_channels or 0}"
             flags = f"exp={part.expands:d} act={part.activation} norm={norm} pad={part.padding}"
+            flags += " lite=1" if part.has_lite else ""
             return f"mbconv {where} {sizes} {flags}"
         case BottleneckSpec():
             sizes = f"mid={part.mid_channels} k={part.kernel} s={part.stride}"

@@ -79,19 +79,21 @@ class PlannedPlaces:
         key = present.tobytes()
         if key not in self._patterns:
             plan = self.plan_of(self.index.block_costs(row))
-            names = set(plan.trainable)
-            columns = [self._column(place, names) for place in range(len(self.index.places))]
+            names = set(plan.changes)
+            columns = [self._column(place, names, plan) for place in range(len(self.index.places))]
             recomputed = np.isin(self.index.places, plan.recompute)
             self._patterns[key] = np.stack(columns), recomputed
         return self._patterns[key]
 
-    def _column(self, place: int, names: set[str]) -> np.ndarray:
-        """Trained values of every operator in a place."""
+    def _column(self, place: int, names: set[str], plan: FineTunePlan) -> np.ndarray:
+        """Trained values of every operator in a place; all plans of a space train the same part of a parameter."""
         own = self._names[place] & names
         if (place, own) not in self._columns:
             column = np.zeros(len(self.index.operators), np.int64)
             for operator, cost in self.index.costs_in(place):
-                column[operator] = sum(item.numel for item in cost.parameters if item.name in own)
+                column[operator] = sum(
+                    plan.num_trained(item.name, item.shape) for item in cost.parameters if item.name in own
+                )
             self._columns[place, own] = column
         return self._columns[place, own]
 

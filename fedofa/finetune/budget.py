@@ -9,8 +9,10 @@ from torch import nn
 
 from fedofa.finetune.memory import TrainingMemory, training_memory
 from fedofa.finetune.plans import build_plan, choose_segments
+from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError, InfeasibilityError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
@@ -36,6 +38,7 @@ def plan_for_budget(
     *,
     kinds: Sequence[str] = KINDS,
     statistics: str = "frozen",
+    contributions: Contributions | None = None,
 ) -> BudgetedPlan:
     """The first kind of plan that fits at all, with the levers that cost it the least time.
 
@@ -49,15 +52,18 @@ def plan_for_budget(
         memory_bytes: for training, left after the engine's own floor.
         kinds: what may train, the most valuable first (see `build_plan`).
         statistics: batch norm's mode.
+        contributions: of the supernet's layers; only "sparse" kinds need them.
 
     Raises:
         ConfigError: when there are no kinds, or batch norm would take statistics of micro-batches.
         InfeasibilityError: when nothing fits; it names the smallest budget that would do.
     """
     estimate = _Estimate(supernet.build(subnet), training, num_examples, input_shape)
+    blocks = supernet.block_costs(subnet)
     least: tuple[int, str] | None = None
     for kind in kinds:
-        for ladder in _ladders(supernet, subnet, kind, statistics, min(training.batch_size, num_examples)):
+        lean = build_plan(kind, blocks, statistics=statistics, lean=True, contributions=contributions)
+        for ladder in _ladders(blocks, lean, min(training.batch_size, num_examples)):
             smallest = estimate.of(ladder[-1])
             if smallest.total_bytes <= memory_bytes:
                 return _first_that_fits(ladder, estimate, memory_bytes)
@@ -79,18 +85,14 @@ def _first_that_fits(ladder: Sequence[FineTunePlan], estimate: _Estimate, memory
     return BudgetedPlan(ladder[-1], estimate.of(ladder[-1]))
 
 
-def _ladders(
-    supernet: Supernet, subnet: SubnetConfig, kind: str, statistics: str, batch: int
-) -> Iterator[list[FineTunePlan]]:
-    """Rows of plans of one kind, each plan smaller than the one before; later rows cost more time or exactness."""
-    blocks = supernet.block_costs(subnet)
-    lean = build_plan(kind, blocks, statistics=statistics, lean=True)
+def _ladders(blocks: Sequence[BlockCost], lean: FineTunePlan, batch: int) -> Iterator[list[FineTunePlan]]:
+    """Rows of plans like a lean one, each plan smaller than the one before; later rows cost more time or exactness."""
     sizes = [size for size in (batch >> shift for shift in range(1, batch.bit_length())) if size]
-    if statistics == "batch" and any(block.num_statistics for block in blocks):
+    if lean.statistics == "batch" and any(block.num_statistics for block in blocks):
         sizes = []
     halved = [lean, *(replace(lean, micro_batch=size) for size in sizes)]
     yield halved
-    segments = choose_segments(blocks, lean.trainable)
+    segments = choose_segments(blocks, lean.changes)
     if segments:
         yield [replace(halved[-1], recompute=segments)]
     yield [replace(halved[-1], recompute=segments, kept="int8")]

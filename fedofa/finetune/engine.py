@@ -1,11 +1,12 @@
 """The seam between a plan and the layers: puts a plan onto a plain module for the time of a training run.
 
-The model does not know of plans. Here its parameters are frozen or freed, its norms put into their mode, memory-lean
-operations swapped in and its blocks checkpointed.
+The model does not know of plans. Here its parameters are frozen or freed, its norms put into their mode, layers that
+train in part put in place, memory-lean operations swapped in and its blocks checkpointed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -17,6 +18,7 @@ from fedofa.finetune.ops.kept import Keeper
 from fedofa.finetune.ops.swap import lean
 from fedofa.finetune.plans import MICRO_BATCH_REFUSAL
 from fedofa.finetune.recompute import recomputed
+from fedofa.finetune.surgery import adapted
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 
@@ -29,16 +31,18 @@ def planned(
 
     Args:
         model: the subnet; plan: what trains and how.
-        generator: draws the directions in which compressed activations are rounded; only such plans need it.
+        generator: draws the directions in which compressed activations are rounded, and the first factors of weights
+            of low rank; only such plans need it.
 
     Yields:
-        The trainable parameters, in the plan's order.
+        What trains: the plan's trainable parameters in its order, of a weight that trains in part that part, and then
+        the left and the right factor of each weight of low rank.
 
     Raises:
         ConfigError: when the plan names a parameter or block that the model does not have, or cannot be exact on it.
     """
     parameters = dict(model.named_parameters())
-    unknown = [name for name in plan.trainable if name not in parameters]
+    unknown = [name for name in plan.changes if name not in parameters]
     if unknown:
         raise ConfigError(f"plan {plan.name!r} trains {unknown[:3]}, which this subnet does not have")
     trainable = set(plan.trainable)
@@ -49,15 +53,17 @@ def planned(
     use_channels_last(model)
     with ExitStack() as stack:
         stack.enter_context(_norms_in_mode(model, plan))
+        keeper = Keeper(plan.kept, plan.kept_fraction, generator)
+        parts = stack.enter_context(adapted(model, plan, keeper, generator))
         if plan.lean:
-            coded = plan.kept != "float32"
-            keeper = Keeper(plan.kept, plan.kept_fraction, generator)
-            stack.enter_context(lean(model, keeper, codes_swish=coded))
+            stack.enter_context(lean(model, keeper, codes_swish=plan.kept != "float32"))
         else:
             stack.enter_context(_group_norms_asking(model))
         for segment in plan.recompute:
             stack.enter_context(recomputed([_block(model, name, plan) for name in segment]))
-        yield [parameters[name] for name in plan.trainable]
+        whole = [[parameters[name]] for name in plan.trainable]
+        own = [parts.get(name, given) for name, given in zip(plan.trainable, whole, strict=True)]
+        yield list(itertools.chain(*own, *(parts[name] for name in plan.low_rank)))
 
 
 @contextmanager

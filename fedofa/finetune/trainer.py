@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import UnionType
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fedofa.finetune.engine import planned
 from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd
+from fedofa.types.delta import LowRank
 from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.plan import FineTunePlan
 
@@ -78,11 +79,19 @@ class LocalTraining:
 
 @dataclass(frozen=True, slots=True)
 class FineTuneResult:
-    """Trained minus received for every trainable parameter (float32, by name), steps taken and the mean loss."""
+    """What training gave.
+
+    Args:
+        weights: trained minus received for every trainable parameter or its trained part, float32, by name.
+        num_steps: steps taken.
+        loss: mean training loss, in nats.
+        low_rank: the factors of the plan's weights of low rank, by name.
+    """
 
     weights: dict[str, np.ndarray]
     num_steps: int
     loss: float
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
 
 
 def fine_tune(
@@ -128,11 +137,21 @@ def fine_tune(
                 if training.max_gradient_norm:
                     nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
                 optimiser.step()
+    weights, low_rank = _changes(plan, [parameter.detach().cpu().numpy() for parameter in parameters], received)
+    return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()), low_rank)
+
+
+def _changes(
+    plan: FineTunePlan, trained: Sequence[np.ndarray], received: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, LowRank]]:
+    """What `planned` gave to train, after training: changes of whole weights or their trained parts, and factors."""
+    dense, factors = trained[: len(plan.trainable)], trained[len(plan.trainable) :]
     weights = {
-        name: parameter.detach().cpu().numpy() - received[name]
-        for name, parameter in zip(plan.trainable, parameters, strict=True)
+        name: values - received[name][tuple(map(slice, values.shape))]
+        for name, values in zip(plan.trainable, dense, strict=True)
     }
-    return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()))
+    pairs = zip(factors[::2], factors[1::2], strict=True)
+    return weights, {name: LowRank(*pair) for name, pair in zip(plan.low_rank, pairs, strict=True)}
 
 
 def label_objective(labels: Tensor, label_smoothing: float) -> Objective:
@@ -159,7 +178,12 @@ def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tenso
 
 
 def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
-    """Refuse a recipe that needs all gradients at once under a plan that never has them."""
+    """Refuse a recipe that needs what the plan never has: whole weights, or all gradients at once."""
+    if plan.low_rank and training.proximal_mu:
+        raise ConfigError(
+            f"plan {plan.name!r} trains factors, which have no distance from the received weights; set "
+            f"finetune.proximal_mu=0, found {training.proximal_mu!r}"
+        )
     if not plan.fused_step:
         return
     clashes = {

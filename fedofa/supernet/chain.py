@@ -109,6 +109,7 @@ class ChainSpec(ElasticSpec):
     dropout: float = 0.2
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    lite_residual: bool = False
 
     family: ClassVar[str] = "chain"
     nested: ClassVar[Mapping[str, type]] = {"blocks": BlockSize}
@@ -209,7 +210,8 @@ class ChainSpec(ElasticSpec):
         if size.kind == "residual":
             changes = size.stride != 1 or place.in_channels != size.width
             return BottleneckSpec(*sizes, downsamples=changes, averages=False, padding=self.padding)
-        return MBConvSpec(*sizes, expands=size.expand != 1, padding=self.padding)
+        expands = size.expand != 1
+        return MBConvSpec(*sizes, expands=expands, padding=self.padding, has_lite=self.lite_residual and expands)
 
 
 @final

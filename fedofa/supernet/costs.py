@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
+    LITE_NORM,
     BottleneckSpec,
     ConvSpec,
     MBConvSpec,
@@ -75,8 +76,8 @@ class _Tape:
         self.widest = max(self.widest, elements)
         return len(self.sizes) - 1
 
-    def conv(self, x: int, spec: ConvSpec, side: int) -> tuple[int, int]:
-        """Convolution, norm, activation on a square map; returns the result's number and side."""
+    def conv(self, x: int, spec: ConvSpec, side: int, norm: str | None = None) -> tuple[int, int]:
+        """Convolution, norm (the network's, or the one given), activation on a square map; the result and its side."""
         out_side = -(-side // spec.stride)
         zeros = sum(same_padding(side, spec.kernel, spec.stride)) if spec.pads else 0
         self.kept.add(self.tensor(spec.in_channels * (side + zeros) ** 2) if zeros else x)
@@ -85,7 +86,7 @@ class _Tape:
         y = self.tensor(spec.out_channels * out_side**2)
         if spec.norm:
             self.kept.add(y)
-            if self.norm == "group":
+            if (norm or self.norm) == "group":
                 self.kept.add(self.tensor(2 * spec.out_channels // GROUP_NORM_CHANNELS))
             y = self.tensor(self.sizes[y])
         if spec.activation is not None:
@@ -108,7 +109,7 @@ class _Tape:
 
 
 def _mbconv(tape: _Tape, block: MBConvSpec, x: int, side: int) -> tuple[int, int]:
-    y = x
+    y, in_side = x, side
     if block.expand is not None:
         y, _ = tape.conv(y, block.expand, side)
     y, side = tape.conv(y, block.depthwise, side)
@@ -118,7 +119,19 @@ def _mbconv(tape: _Tape, block: MBConvSpec, x: int, side: int) -> tuple[int, int
         gate, _ = tape.conv(gate, expand, 1)
         tape.kept |= {y, gate}
         y = tape.tensor(tape.sizes[y])
-    return tape.conv(y, block.project, side)
+    y, side = tape.conv(y, block.project, side)
+    if block.lite is not None:
+        _lite(tape, block.lite, x, in_side)
+        y = tape.tensor(tape.sizes[y])
+    return y, side
+
+
+def _lite(tape: _Tape, branch: tuple[ConvSpec, ConvSpec], x: int, side: int) -> None:
+    """A lite residual branch; stock average pooling keeps its input, interpolation and sums keep nothing."""
+    tape.kept.add(x)
+    y, side = tape.tensor(branch[0].in_channels * (-(-side // 2)) ** 2), -(-side // 2)
+    for conv in branch:
+        y, side = tape.conv(y, conv, side, LITE_NORM)
 
 
 def _bottleneck(tape: _Tape, block: BottleneckSpec, x: int, side: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedofa.supernet.base import Supernet, refuse_tensors
 from fedofa.supernet.costs import BlockCost, block_costs
 from fedofa.supernet.layers import Filling, Network
-from fedofa.supernet.network import GROUP_NORM_CHANNELS, NORMS, MBConvSpec, NetworkSpec, ParameterSpec
+from fedofa.supernet.network import GROUP_NORM_CHANNELS, NORMS, MBConvSpec, NetworkSpec, ParameterSpec, is_lite
 from fedofa.supernet.slices import matrix_name
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -115,6 +115,7 @@ class ElasticSupernet(Supernet, ABC):
             network.to_empty(device=generator.device)
             initialise(network, generator)
             self._start_residuals_at_identity()
+            start_lite_residuals(network, generator)
 
     def _start_residuals_at_identity(self) -> None:
         """Zero the last norm's scale of every residual block (arXiv 1706.02677, section 5.1).
@@ -181,16 +182,29 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """He-normal convolutions (fan-out), normal classifier, unit norms, identity kernel matrices."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if ".matrix_" in name:
-                parameter.copy_(torch.eye(len(parameter)))
-            elif parameter.dim() == 4:
-                fan_out = (
-                    parameter.shape[0] * parameter[0, 0].numel() if parameter.shape[1] > 1 else parameter[0].numel()
-                )
-                parameter.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
-            elif parameter.dim() == 2:
-                parameter.normal_(0.0, 0.01, generator=generator)
-            else:
-                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            if not is_lite(name):
+                _draw(name, parameter, generator)
         for name, buffer in network.named_buffers():
             buffer.fill_(1.0 if name.endswith("running_var") else 0.0)
+
+
+def start_lite_residuals(network: nn.Module, generator: torch.Generator) -> None:
+    """Draw the lite residual branches as all else is drawn, but for a last scale of zero: they add nothing at first."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if is_lite(name):
+                _draw(name, parameter, generator)
+                if name.endswith(".lite.project.norm.weight"):
+                    parameter.zero_()
+
+
+def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if ".matrix_" in name:
+        parameter.copy_(torch.eye(len(parameter)))
+    elif parameter.dim() == 4:
+        fan_out = parameter.shape[0] * parameter[0, 0].numel() if parameter.shape[1] > 1 else parameter[0].numel()
+        parameter.normal_(0.0, math.sqrt(2.0 / fan_out), generator=generator)
+    elif parameter.dim() == 2:
+        parameter.normal_(0.0, 0.01, generator=generator)
+    else:
+        parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)

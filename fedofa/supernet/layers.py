@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
+    LITE_NORM,
     BottleneckSpec,
     ConvSpec,
     MBConvSpec,
@@ -143,6 +144,7 @@ class MBConv(nn.Module):
         self.squeeze_excite = SqueezeExcite(*spec.squeeze_excite, norm, norm_eps) if spec.squeeze_excite else None
         self.project = ConvNormAct(spec.project, norm, norm_eps)
         self.residual = spec.residual
+        self.lite = LiteResidual(*spec.lite, norm_eps) if spec.lite else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`(batch, in_channels, h, w)` to `(batch, out_channels, ceil(h / stride), ceil(w / stride))`."""
@@ -150,7 +152,28 @@ class MBConv(nn.Module):
         y = self.depthwise(y)
         y = y if self.squeeze_excite is None else self.squeeze_excite(y)
         y = self.project(y)
-        return x + y if self.residual else y
+        y = x + y if self.residual else y
+        return y if self.lite is None else y + self.lite(x, y)
+
+
+class LiteResidual(nn.Module):
+    """The lite residual branch of a block: averages of 2 x 2, two convolutions, and up to the size of the block's map.
+
+    It begins with a last norm whose scale is zero, so that the block begins as it was without the branch.
+    """
+
+    def __init__(self, spatial: ConvSpec, project: ConvSpec, norm_eps: float) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2, ceil_mode=True)
+        self.spatial = ConvNormAct(spatial, LITE_NORM, norm_eps)
+        self.project = ConvNormAct(project, LITE_NORM, norm_eps)
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        """From the block's input `(batch, in_channels, h, w)` to the shape of what it is added to."""
+        y = self.project(self.spatial(self.pool(x)))
+        if y.shape[2:] == beside.shape[2:]:
+            return y
+        return functional.interpolate(y, size=beside.shape[2:], mode="bilinear", align_corners=False)
 
 
 class Bottleneck(nn.Module):

@@ -54,7 +54,7 @@ def static_block(in_channels: int, out_channels: int, stride: int, activation: s
 
 
 def elastic_blocks(
-    space: SearchSpace, subnet: SubnetConfig, stages: Sequence[StageSpec], channels: int
+    space: SearchSpace, subnet: SubnetConfig, stages: Sequence[StageSpec], channels: int, *, lite: bool
 ) -> Iterator[MBConvSpec]:
     """The blocks of all stages after the static one, "stages.1.0" and on.
 
@@ -62,6 +62,7 @@ def elastic_blocks(
         space, subnet: a `mbconv_space` and one of its configurations.
         stages: those of elastic depth, then those that have one block in every subnet.
         channels: that the first of them gets.
+        lite: whether every block has a lite residual branch.
     """
     depths = space.values(subnet, "depth")
     kernels, expands = space.values(subnet, "kernel"), space.values(subnet, "expand")
@@ -80,6 +81,7 @@ def elastic_blocks(
                 stride=stage.stride if block == 0 else 1,
                 activation=stage.activation,
                 squeeze_channels=make_divisible(mid // SQUEEZE_RATIO) if stage.squeeze_excite else None,
+                has_lite=lite,
             )
             channels = stage.width
         position += longest

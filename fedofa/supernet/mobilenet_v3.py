@@ -32,6 +32,7 @@ class MobileNetV3Spec(ElasticSpec):
         kernels, expands, depths, resolutions: the allowed values of the four axes.
         norm: "batch" or "group" (8 channels a group).
         norm_eps, dropout: of the norms and of the classifier.
+        lite_residual: whether every elastic block has a lite residual branch (see `MBConvSpec.lite`).
     """
 
     in_channels: int = 3
@@ -56,6 +57,7 @@ class MobileNetV3Spec(ElasticSpec):
     norm: str = "batch"
     norm_eps: float = 1e-5
     dropout: float = 0.1
+    lite_residual: bool = False
 
     family: ClassVar[str] = MOBILENET_V3
     nested: ClassVar[Mapping[str, type]] = {"stages": StageSpec}
@@ -75,7 +77,7 @@ class MobileNetV3Spec(ElasticSpec):
 
     def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
         first = static_block(self.stem_width, self.first_width, self.first_stride, "relu")
-        blocks = tuple(elastic_blocks(space, subnet, self.stages, self.first_width))
+        blocks = tuple(elastic_blocks(space, subnet, self.stages, self.first_width, lite=self.lite_residual))
         parts = (
             ConvSpec("stem", self.in_channels, self.stem_width, 3, self.stem_stride, activation="h_swish"),
             first,

@@ -18,6 +18,9 @@ PADDINGS = ("symmetric", "tensorflow")
 GROUP_NORM_CHANNELS = 8
 """Channels a group: fixed, so that a subnet's groups are the first groups of the supernet (the norm nests)."""
 
+LITE_KERNEL, LITE_NORM = 5, "group"
+"""Kernel size and norm of lite residual branches."""
+
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
     """Round to a multiple of `divisor`, but never down by more than a tenth (the MobileNet convention)."""
@@ -104,7 +107,7 @@ class MBConvSpec:
     """Mobile inverted bottleneck: expand, depthwise, optional squeeze-excite, project, optional residual.
 
     `squeeze_channels` is the squeeze-excite's width, None without one; `expands` is False where the first 1x1 is absent
-    (expand ratio 1).
+    (expand ratio 1); `has_lite` adds the result of a lite residual branch (see `lite`).
     """
 
     name: str
@@ -117,6 +120,7 @@ class MBConvSpec:
     squeeze_channels: int | None = None
     expands: bool = True
     padding: str = "symmetric"
+    has_lite: bool = False
 
     @property
     def residual(self) -> bool:
@@ -191,6 +195,25 @@ class MBConvSpec:
         return ConvSpec(f"{self.name}.project", self.mid_channels, self.out_channels, in_group=self.mid_group)
 
     @property
+    def lite(self) -> tuple[ConvSpec, ConvSpec] | None:
+        """The lite residual branch of TinyTL (arXiv 2007.11622, section 3.2): two convolutions on half the resolution.
+
+        The first is depthwise, the cheapest of grouped convolutions and one of which a slice of channels is a slice.
+        Both have group norm whatever norm the network has, since they are made to train on single examples.
+        """
+        if not self.has_lite:
+            return None
+        spatial = ConvSpec(
+            f"{self.name}.lite.spatial",
+            self.in_channels,
+            self.in_channels,
+            kernel=LITE_KERNEL,
+            depthwise=True,
+            activation=self.activation,
+        )
+        return spatial, ConvSpec(f"{self.name}.lite.project", self.in_channels, self.out_channels)
+
+    @property
     def readers(self) -> Iterator[tuple[str, str]]:
         """Each inner channel group, and the name of the weight that reads it (see `importance`)."""
         if self.mid_group is not None:
@@ -203,6 +226,8 @@ class MBConvSpec:
         for conv in (self.expand, self.depthwise, *(self.squeeze_excite or ()), self.project):
             if conv is not None:
                 yield from conv.parameters(norm)
+        for conv in self.lite or ():
+            yield from conv.parameters(LITE_NORM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,6 +332,11 @@ class PoolSpec:
     def parameters(self, norm: str) -> Iterator[ParameterSpec]:
         """None."""
         return iter(())
+
+
+def is_lite(name: str) -> bool:
+    """Whether a tensor belongs to a lite residual branch, which networks trained elsewhere do not have."""
+    return ".lite." in name
 
 
 BlockSpec = MBConvSpec | BottleneckSpec

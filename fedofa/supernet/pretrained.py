@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
+from fedofa.supernet.elastic import start_lite_residuals
 from fedofa.supernet.importance import channel_ordering
 from fedofa.supernet.layouts import LAYOUTS
+from fedofa.supernet.network import is_lite
 from fedofa.supernet.weights_file import read_weights
 from fedofa.types.errors import CheckpointError, ConfigError, FedofaError
 
@@ -112,7 +114,8 @@ def load_pretrained(
         spec: the network, or its name in `READY_MADE`; None where the source says it.
         num_classes: of the supernet. None expects the number of the spec; where it is not the file's own number, or the
             file has no classifier, the classifier is a fresh one.
-        generator: draws the fresh classifier's weights; without one they are zero.
+        generator: draws the fresh classifier's weights; without one they are zero. It draws lite residual branches too,
+            which no file holds.
         keys: name here -> name in the file, for a file in none of `LAYOUTS`.
 
     Raises:
@@ -174,6 +177,8 @@ def load_weights(
         )
     with torch.no_grad():
         for name, tensor in shared.items():
+            if is_lite(name):
+                continue
             if ".matrix_" in name:
                 tensor.copy_(torch.eye(len(tensor)))
             elif head or not name.startswith(_CLASSIFIER):
@@ -192,6 +197,7 @@ def _supernet(
     wanted = spec.num_classes if num_classes is None else num_classes
     supernet = ChainSupernet(replace(spec, num_classes=wanted))
     supernet.network.to_empty(device="cpu")
+    start_lite_residuals(supernet.network, generator or torch.Generator().manual_seed(0))
     table = _closest_keys(supernet, source.weights) if keys is None else keys
     classifier = source.weights.get(table.get(f"{_CLASSIFIER}weight", ""))
     classes = None if classifier is None else len(classifier)
@@ -232,7 +238,7 @@ def _problems(
     """What is missing, unknown or misshapen, in words."""
     missing, misshapen, known = [], [], set()
     for name, tensor in shared.items():
-        if ".matrix_" in name:
+        if ".matrix_" in name or is_lite(name):
             continue
         key = table.get(name, "")
         known.add(key)

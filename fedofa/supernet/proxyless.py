@@ -33,6 +33,7 @@ class ProxylessSpec(ElasticSpec):
         kernels, expands, depths, resolutions: the allowed values of the four axes.
         norm: "batch" or "group" (8 channels a group).
         norm_eps, dropout: of the norms and of the classifier.
+        lite_residual: whether every elastic block has a lite residual branch (see `MBConvSpec.lite`).
     """
 
     in_channels: int = 3
@@ -57,6 +58,7 @@ class ProxylessSpec(ElasticSpec):
     norm: str = "batch"
     norm_eps: float = 1e-3
     dropout: float = 0.1
+    lite_residual: bool = False
 
     family: ClassVar[str] = PROXYLESS
     nested: ClassVar[Mapping[str, type]] = {"stages": StageSpec, "last_stage": StageSpec}
@@ -78,7 +80,9 @@ class ProxylessSpec(ElasticSpec):
 
     def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
         first = static_block(self.stem_width, self.first_width, self.first_stride, _ACTIVATION)
-        blocks = tuple(elastic_blocks(space, subnet, (*self.stages, self.last_stage), self.first_width))
+        blocks = tuple(
+            elastic_blocks(space, subnet, (*self.stages, self.last_stage), self.first_width, lite=self.lite_residual)
+        )
         parts = (
             ConvSpec("stem", self.in_channels, self.stem_width, 3, self.stem_stride, activation=_ACTIVATION),
             first,

@@ -21,7 +21,7 @@ from fedofa.supernet.base import Supernet
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec
+from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec, is_lite
 from fedofa.supernet.proxyless import ProxylessSpec
 from fedofa.supernet.resnet import ResNetSpec
 from fedofa.supernet.weights_file import read_content
@@ -177,7 +177,8 @@ def start_from_published(
     source = load_published(path, name, num_classes=num_classes, generator=generator).shared()
     with torch.no_grad():
         for key, tensor in supernet.shared().items():
-            tensor.copy_(source[key])
+            if not is_lite(key):
+                tensor.copy_(source[key])
     supernet.set_ordering({})
     supernet.normalisation = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     found = _classes(_read(Path(path)))
@@ -333,9 +334,12 @@ def _no_format(supernet: Supernet) -> str:
 def _check_published(supernet: ElasticSupernet) -> None:
     if _published_name(supernet) is None:
         raise CheckpointError(f"{_no_format(supernet)}. Save its state instead")
+    if any(map(is_lite, supernet.shared())):
+        raise CheckpointError("published files hold no lite residual branches. Save the supernet's state instead")
     if any(tensor.is_meta for tensor in supernet.shared().values()):
         raise CheckpointError("this supernet is structure only; load weights into it before it is saved")
 
 
 def _sizes(spec: PublishedSpec) -> PublishedSpec:
-    return replace(spec, num_classes=1, dropout=0.0, resolutions=(1,))
+    same = spec if isinstance(spec, ResNetSpec) else replace(spec, lite_residual=False)
+    return replace(same, num_classes=1, dropout=0.0, resolutions=(1,))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fedofa.supernet.network import ParameterSpec
 from fedofa.supernet.sums import Index, TensorSums, check_term
+from fedofa.types.errors import FoldError
 
 T = TypeVar("T", bound=Any)  # numpy.ndarray or torch.Tensor
 
@@ -114,6 +115,26 @@ class TensorSlice:
         """The view of `TensorSums` that this tensor's deltas belong to."""
         return PLAIN_VIEW if self.kernel is None else str(self.shape[-1])
 
+    def leading(self, shape: tuple[int, ...]) -> TensorSlice:
+        """The slice of this tensor's first channels, as many along each dimension as the shape says; itself where all.
+
+        Raises:
+            FoldError: when the shape is no leading part of this tensor's.
+        """
+        if shape == self.shape:
+            return self
+        if (
+            len(shape) != len(self.shape)
+            or shape[2:] != self.shape[2:]
+            or not all(0 < size <= whole for size, whole in zip(shape, self.shape, strict=True))
+        ):
+            raise FoldError(f"parameter {self.name!r}: expected a leading part of {self.shape}, found {shape}")
+        index = tuple(
+            item if size == whole else _first(item, size)
+            for item, size, whole in zip(self.index, shape, self.shape, strict=True)
+        )
+        return replace(self, shape=shape, index=index)
+
     def accumulate(self, sums: TensorSums, delta: np.ndarray, weight: int) -> None:
         """Add `weight * delta` (in the subnet's shape) to the sums of the shared tensor, in place."""
         if self.kernel is None:
@@ -181,15 +202,18 @@ class SliceMap:
     def accumulate(self, sums: dict[str, TensorSums], delta: Mapping[str, np.ndarray], weight: int) -> None:
         """`sums += weight * A^T d` in place, kept apart by kernel size so that the fold can solve for w.
 
-        Nothing is added when any tensor is out of the fixed-point range.
+        Values in the shape of a tensor's leading part (see `TensorSlice.leading`) are added to that part alone. Nothing
+        is added when any tensor is out of the fixed-point range.
 
         Raises:
             FoldError: naming the parameter.
         """
+        places = {}
         for name, values in delta.items():
             check_term(name, values, weight)
+            places[name] = self.slices[name].leading(values.shape)
         for name, values in delta.items():
-            self.slices[name].accumulate(sums.setdefault(name, TensorSums()), values, weight)
+            places[name].accumulate(sums.setdefault(name, TensorSums()), values, weight)
 
     def lift(self, delta: Mapping[str, np.ndarray], shared: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The minimum-norm w with A w = d for one client, by shared name, float64."""
@@ -217,6 +241,11 @@ def slice_tensor(
         kernel = KernelTransform.between(item.name.removesuffix(".conv.weight"), sizes, item.shape[-1])
         index = (*index[:2], slice(None), slice(None))
     return TensorSlice(item.name, item.shape, shared.shape, index, kernel, item.role)
+
+
+def _first(item: slice | np.ndarray, count: int) -> slice | np.ndarray:
+    """The first `count` positions of an index of consecutive or listed ones."""
+    return item[:count] if isinstance(item, np.ndarray) else slice(item.start or 0, (item.start or 0) + count)
 
 
 def _dimension_index(order: np.ndarray | None, size: int, full: int) -> slice | np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -21,7 +22,8 @@ class FineTunePlan:
 
     Args:
         name: the kind of plan ("full", "last_blocks(2)", "head", "bias"), for people.
-        trainable: the names of the parameters that train, in the subnet's order; everything else is frozen.
+        trainable: the names of the parameters that train, in the subnet's order; everything else but `low_rank` is
+            frozen.
         recompute: segments, each the names of consecutive blocks: a segment keeps its input only and runs again in the
             backward pass (gradient checkpointing).
         statistics: for batch norm: "batch" normalises with each batch's own, "frozen" with the received ones.
@@ -31,6 +33,11 @@ class FineTunePlan:
         kept: form in which lean operations keep activations: "float32" (as they are), "bfloat16", "int8" or "int4".
         kept_fraction: of each activation's values, those of largest magnitude, that lean operations keep.
         fused_step: the optimiser changes each parameter as soon as its gradient is there, and drops the gradient.
+        fractions: weights among the trainable ones of which only a leading part trains (see `part_shape`), each with
+            the fraction of its channels.
+        low_rank: weights whose change is the product of two trained factors, in the subnet's order (see
+            `factor_shapes`).
+        rank: of those products, at most; 0 where there are none.
     """
 
     name: str
@@ -43,6 +50,9 @@ class FineTunePlan:
     kept: str = "float32"
     kept_fraction: float = 1.0
     fused_step: bool = False
+    fractions: tuple[tuple[str, float], ...] = ()
+    low_rank: tuple[str, ...] = ()
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.kept not in KEPT_FORMS:
@@ -53,9 +63,58 @@ class FineTunePlan:
             )
         if self.micro_batch < 0:
             raise ConfigError(f"plan {self.name!r}, micro_batch: expected at least 0, found {self.micro_batch}")
+        self._check_parts()
         reason = refusal(self.levers)
         if reason:
             raise ConfigError(f"plan {self.name!r}: {reason}")
+
+    def _check_parts(self) -> None:
+        for name, fraction in self.fractions:
+            if not 0 < fraction <= 1 or name not in self.trainable:
+                raise ConfigError(
+                    f"plan {self.name!r}, fractions: expected a trainable weight and a number in (0, 1], found "
+                    f"{name!r} and {fraction!r}"
+                )
+        if self.rank < 0 or bool(self.rank) != bool(self.low_rank):
+            raise ConfigError(
+                f"plan {self.name!r}, rank: expected at least 1 for weights of low rank and 0 without any, found "
+                f"{self.rank} for {len(self.low_rank)}"
+            )
+        twice = set(self.low_rank) & set(self.trainable)
+        if twice:
+            raise ConfigError(
+                f"plan {self.name!r}: {sorted(twice)[:3]} train as they are and by factors; choose one of the two"
+            )
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The names of all parameters that training changes."""
+        return self.trainable + self.low_rank
+
+    def part_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of what trains of a trainable parameter: all of it, or a leading part of its channels.
+
+        Args:
+            shape: the parameter's. The channels of a depthwise convolution `(channels, 1, k, k)` are its first
+                dimension, those of any other weight its input channels, the second: a gradient of the first
+                so many needs no other channels of the layer's input.
+        """
+        fraction = dict(self.fractions).get(name) if self.fractions else None
+        if fraction is None:
+            return shape
+        dim = 0 if shape[1] == 1 else 1
+        return *shape[:dim], leading_count(fraction, shape[dim]), *shape[dim + 1 :]
+
+    def factor_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the left and the right factor, `(out, rank)` and `(rank, in)`, for a weight of that shape."""
+        rank = min(self.rank, *shape[:2])
+        return (shape[0], rank), (rank, shape[1])
+
+    def num_trained(self, name: str, shape: tuple[int, ...]) -> int:
+        """Values that train, and travel back, of a parameter that the plan changes, given its shape."""
+        if name in self.low_rank:
+            return sum(map(math.prod, self.factor_shapes(shape)))
+        return math.prod(self.part_shape(name, shape))
 
     @property
     def levers(self) -> frozenset[str]:
@@ -76,6 +135,8 @@ class FineTunePlan:
             **asdict(self),
             "trainable": list(self.trainable),
             "recompute": [list(segment) for segment in self.recompute],
+            "fractions": [list(item) for item in self.fractions],
+            "low_rank": list(self.low_rank),
         }
 
     @classmethod
@@ -83,8 +144,10 @@ class FineTunePlan:
         """The inverse of `to_json`."""
         try:
             given = {item.name: value[item.name] for item in fields(cls)}
-            given["trainable"] = tuple(given["trainable"])
-            given["recompute"] = tuple(tuple(segment) for segment in given["recompute"])
+            for key in ("trainable", "low_rank"):
+                given[key] = tuple(given[key])
+            for key in ("recompute", "fractions"):
+                given[key] = tuple(tuple(item) for item in given[key])
             return cls(**given)
         except (KeyError, TypeError) as error:
             raise ConfigError(f"not a fine-tuning plan: {error!r} in {value!r:.200}") from error
@@ -93,6 +156,11 @@ class FineTunePlan:
         """16 hex digits over everything that the plan says."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def leading_count(fraction: float, channels: int) -> int:
+    """How many channels a fraction of them is, at least one; a client and the server agree on it to the channel."""
+    return max(1, math.ceil(round(fraction * channels, 6)))
 
 
 LEVERS = ("micro_batch", "recompute", "lean", "compressed", "pruned", "fused_step")

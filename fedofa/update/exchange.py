@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedofa.types.delta import SubnetDelta
+from fedofa.types.delta import LowRank, SubnetDelta
 from fedofa.types.errors import FedofaError, WireError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
@@ -20,6 +20,7 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 
 _TASK, _DELTA, _STATISTICS = "task", "delta", "statistics"
 _WEIGHTS, _TEACHER, _TOTALS, _SQUARES = "weights", "teacher", "totals", "squares"
+_LEFT, _RIGHT = "left", "right"
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
                 "num_steps": int, "parametrised": bool}  # fmt: skip
@@ -134,7 +135,11 @@ def encode_delta(delta: SubnetDelta, *, float_dtype: str = "float32") -> bytes:
         "num_steps": delta.num_steps,
         "parametrised": delta.parametrised,
     }
-    return encode_packed(_DELTA, header, {_WEIGHTS: delta.weights}, float_dtype=float_dtype)
+    streams = {_WEIGHTS: delta.weights}
+    if delta.low_rank:
+        streams[_LEFT] = {name: pair.left for name, pair in delta.low_rank.items()}
+        streams[_RIGHT] = {name: pair.right for name, pair in delta.low_rank.items()}
+    return encode_packed(_DELTA, header, streams, float_dtype=float_dtype)
 
 
 def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
@@ -147,11 +152,20 @@ def decode_delta(buffer: bytes | memoryview) -> SubnetDelta:
     header = dict(packed.header)
     try:
         subnet = SubnetConfig.from_json(header.pop("subnet"))
-        delta = SubnetDelta(subnet=subnet, weights=packed.streams.get(_WEIGHTS, {}), **header)
+        pairs = _low_rank(packed.streams.get(_LEFT, {}), packed.streams.get(_RIGHT, {}))
+        delta = SubnetDelta(subnet=subnet, weights=packed.streams.get(_WEIGHTS, {}), low_rank=pairs, **header)
     except (KeyError, TypeError, FedofaError) as error:
         raise WireError(f"the delta's header is not understood: {error}") from error
     _check_types("delta", delta, _DELTA_TYPES)
     return delta
+
+
+def _low_rank(left: Mapping[str, np.ndarray], right: Mapping[str, np.ndarray]) -> dict[str, LowRank]:
+    if left.keys() != right.keys():
+        raise WireError(
+            f"its left and right factors are of different weights: {sorted(left.keys() ^ right.keys())[:3]}"
+        )
+    return {name: LowRank(left[name], right[name]) for name in left}
 
 
 def encode_statistics(statistics: SubnetStatistics) -> bytes:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedofa.supernet.slices import SliceMap
 from fedofa.supernet.sums import MAX_TERM
-from fedofa.types.delta import SubnetDelta
+from fedofa.types.delta import LowRank, SubnetDelta
 from fedofa.types.errors import DeltaError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
@@ -58,24 +58,38 @@ def verify_delta(delta: SubnetDelta, expected: Expectation) -> None:
         raise _refusal(expected, f"number of examples: expected at least 1, found {delta.num_examples}")
     if delta.num_steps < 1:
         raise _refusal(expected, f"number of steps: expected at least 1, found {delta.num_steps}")
-    _verify_names(delta, expected)
-    for name in expected.plan.trainable:
-        _verify_values(name, delta.weights[name], expected)
+    plan = expected.plan
+    _verify_names("parameters", plan.trainable, delta.weights, expected)
+    _verify_names("weights of low rank", plan.low_rank, delta.low_rank, expected)
+    for name in plan.trainable:
+        shape = plan.part_shape(name, expected.slice_map[name].shape)
+        _verify_range(name, _verify_form(name, delta.weights[name], shape, expected), expected)
+    for name in plan.low_rank:
+        _verify_factors(name, delta.low_rank[name], expected)
 
 
-def _verify_names(delta: SubnetDelta, expected: Expectation) -> None:
-    wanted, found = set(expected.plan.trainable), set(delta.weights)
+def _verify_names(what: str, names: Collection[str], given: Collection[str], expected: Expectation) -> None:
+    wanted, found = set(names), set(given)
     if wanted != found:
         missing, unknown = sorted(wanted - found), sorted(found - wanted)
         raise _refusal(
             expected,
-            f"parameters: expected the plan's {len(wanted)}; missing {len(missing)} {missing[:3]}, "
+            f"{what}: expected the plan's {len(wanted)}; missing {len(missing)} {missing[:3]}, "
             f"unknown {len(unknown)} {unknown[:3]}",
         )
 
 
-def _verify_values(name: str, values: np.ndarray, expected: Expectation) -> None:
+def _verify_factors(name: str, pair: LowRank, expected: Expectation) -> None:
+    """Both factors must be of the plan's rank, and their product within the fold's range."""
     shape = expected.slice_map[name].shape
+    left, right = expected.plan.factor_shapes(shape)
+    _verify_form(f"{name}, left factor", pair.left, left, expected)
+    _verify_form(f"{name}, right factor", pair.right, right, expected)
+    _verify_range(name, float(np.abs(pair.product(shape)).max(initial=0.0)), expected)
+
+
+def _verify_form(name: str, values: np.ndarray, shape: tuple[int, ...], expected: Expectation) -> float:
+    """The largest magnitude among the values, where they are finite and of that shape."""
     if values.shape != shape:
         raise _refusal(expected, f"parameter {name!r}: expected shape {shape}, found {values.shape}")
     if values.dtype != np.float32:
@@ -85,10 +99,14 @@ def _verify_values(name: str, values: np.ndarray, expected: Expectation) -> None
     if not (np.isfinite(low) and np.isfinite(high)):
         bad = int(values.size - np.isfinite(values).sum())
         raise _refusal(expected, f"parameter {name!r}: {bad} of {values.size} values are not finite")
-    if max(-low, high) * expected.num_examples >= MAX_TERM:
+    return max(-low, high)
+
+
+def _verify_range(name: str, largest: float, expected: Expectation) -> None:
+    if largest * expected.num_examples >= MAX_TERM:
         raise _refusal(
             expected,
-            f"parameter {name!r}: a change of {max(-low, high):.3g} by {expected.num_examples} examples is out of the "
+            f"parameter {name!r}: a change of {largest:.3g} by {expected.num_examples} examples is out of the "
             f"fold's range ({MAX_TERM:.3g})",
         )
 

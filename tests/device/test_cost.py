@@ -168,3 +168,15 @@ def test_micro_batches_keep_less_and_the_batch_waits_beside_them():
     waiting = 3 * BLOCKS[0].input_elements
     assert whole.training_bytes - micro.training_bytes == 4 * (3 * per_example - waiting)
     assert micro.compute_seconds == whole.compute_seconds
+
+
+def test_what_trains_in_part_or_by_factors_is_counted_as_it_travels():
+    weight = ParameterSpec("head.w", (4, 6), (None, None), "weight")
+    head = BlockCost("head", 10, 8, 8, 2, 8, (weight,))
+    blocks = (BLOCKS[0], head)
+    whole = MODEL.cost(blocks, FineTunePlan("whole", ("head.w",)), PROFILE, WORK)
+    part = MODEL.cost(blocks, FineTunePlan("part", ("head.w",), fractions=(("head.w", 0.5),)), PROFILE, WORK)
+    pair = MODEL.cost(blocks, FineTunePlan("pair", (), low_rank=("head.w",), rank=1), PROFILE, WORK)
+    assert [cost.upload_bytes for cost in (whole, part, pair)] == [2 * 24, 2 * 12, 2 * (4 + 6)]
+    assert whole.training_bytes - part.training_bytes == 4 * 2 * 12  # gradients and momentum
+    assert pair.compute_seconds == whole.compute_seconds

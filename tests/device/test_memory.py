@@ -5,7 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from cohorts import CHAIN_SPEC, SPECS
+from cohorts import CHAIN_SPEC, LITE_SPEC, SPECS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +14,7 @@ from fedofa.device.operators import OperatorIndex
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, StageSpec
 
-FAMILIES = {**SPECS, "chain": CHAIN_SPEC}
+FAMILIES = {**SPECS, "chain": CHAIN_SPEC, "lite": LITE_SPEC}
 
 
 class LiveTensors(TorchDispatchMode):

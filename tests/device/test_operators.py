@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cohorts import CHAIN_SPEC, SPECS
+from cohorts import CHAIN_SPEC, LITE_SPEC, SPECS
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedofa.device.cost import AnalyticCostModel, LocalWork
@@ -14,13 +14,14 @@ from fedofa.device.models import BytesDown, Macs, Parameters
 from fedofa.device.operators import OperatorIndex, SubnetBatch, operator_of
 from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
 from fedofa.finetune.plans import build_plan
+from fedofa.finetune.sparse import BlockContribution, Contributions, WeightContribution
 from fedofa.supernet.costs import place_parts
 from fedofa.supernet.families import build_elastic, build_supernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, SpaceError
 
-FAMILIES = {**SPECS, "chain": CHAIN_SPEC}
+FAMILIES = {**SPECS, "chain": CHAIN_SPEC, "lite": LITE_SPEC}
 SUPERNETS = {name: build_elastic(spec, torch.Generator().manual_seed(0)) for name, spec in FAMILIES.items()}
 INDICES = {name: OperatorIndex.of(supernet) for name, supernet in SUPERNETS.items()}
 PROFILE = DeviceProfile("any", 1e9, 1e9, 1e6, 1e6)
@@ -76,12 +77,32 @@ def test_macs_and_parameters_are_torchs(family):
         assert Parameters(index).predict_one(subnet).value == sum(p.numel() for p in module.parameters())
 
 
+def contributions(supernet) -> Contributions:
+    """Every channel counts the same."""
+    weights = {
+        block.name: tuple(
+            WeightContribution(item.name, 10, 10, (1.0,) * item.shape[0 if item.shape[1] == 1 else 1])
+            for item in block.parameters
+            if item.role == "weight"
+        )
+        for block in supernet.block_costs(supernet.space.largest())
+    }
+    return Contributions([BlockContribution(name, 1, 1, 1.0, own) for name, own in weights.items()])
+
+
+CONTRIBUTIONS = {family: contributions(supernet) for family, supernet in SUPERNETS.items()}
+
+
 @families
-@pytest.mark.parametrize("plan", ["full", "bias", "head", "last_blocks(1)", "last_blocks(2)"])
+@pytest.mark.parametrize(
+    "plan", ["full", "bias", "head", "last_blocks(1)", "last_blocks(2)", "lora(2)", "sparse(0.4)", "lite_residual"]
+)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_costs_are_those_of_the_round_model(family, plan, recompute):
+    if plan == "lite_residual" and family != "lite":
+        return
     supernet, index = SUPERNETS[family], INDICES[family]
-    plan_of = partial(build_plan, plan, recompute=recompute)
+    plan_of = partial(build_plan, plan, recompute=recompute, contributions=CONTRIBUTIONS[family])
     work = LocalWork(num_examples=40, num_samples=80, batch_size=8, optimiser_slots=1, wire_bytes=2)
     plans = PlannedPlaces(index, plan_of)
     subnets = drawn(family, 25)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cohorts import SPECS
+from cohorts import LITE_SPEC, SPECS
 
 from fedofa.device import timing as timing_module
 from fedofa.device.correction import Fit, corrected_times, rank_correlation
@@ -101,13 +101,13 @@ def test_a_network_that_costs_more_than_its_operators_is_learned():
 
 
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
-@pytest.mark.parametrize("family", list(SPECS))
+@pytest.mark.parametrize("family", [*SPECS, "lite"])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_engines_run_every_operator_and_whole_networks(name, family, norm):
     if name == "onnxruntime":
         pytest.importorskip("onnxruntime", reason="onnxruntime is missing; `make test` installs it")
         pytest.importorskip("onnx", reason="onnx is missing; `make test` installs it")
-    spec = SPECS[family]
+    spec = {**SPECS, "lite": LITE_SPEC}[family]
     spec = type(spec).from_json({**spec.to_json(), "norm": norm})
     index, engine = OperatorIndex.of(build_elastic(spec)), build_engine(name, 1)
     kinds = {operator.key.split()[0] for operator in index.operators}

@@ -1,5 +1,7 @@
 """Supernets and deltas for the property tests: small, every axis elastic, matrices off the identity."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -65,6 +67,7 @@ CHAIN_SPEC = ChainSpec(
     resolutions=(16, 20),
     padding="tensorflow",
 )
+LITE_SPEC = replace(SPEC, lite_residual=True)
 SPECS = {spec.family: spec for spec in (SPEC, PROXYLESS_SPEC, RESNET_SPEC)}
 
 

@@ -38,6 +38,13 @@ SUPERNETS |= {
         ("relu", "batch", 32, True),
     )
 }
+SUPERNETS |= {
+    (f"lite {spec.family}, {norm}", 0.0): build_elastic(
+        replace(spec, norm=norm, lite_residual=True, dropout=0.0), torch.Generator().manual_seed(0)
+    )
+    for spec in (SPECS["mobilenet_v3"], CHAIN)
+    for norm in ("group", "batch")
+}
 variants = st.sampled_from(sorted(SUPERNETS))
 some = settings(max_examples=30, deadline=None)
 

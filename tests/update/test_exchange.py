@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.trainer import LocalTraining
+from fedofa.types.delta import LowRank
 from fedofa.types.errors import WireError
+from fedofa.types.plan import FineTunePlan
 from fedofa.update.codec import encode_packed
 from fedofa.update.exchange import ClientTask, Teaching, decode_delta, decode_task, encode_delta, encode_task
 
@@ -41,6 +43,7 @@ DELTA_HEADER = {
     "num_steps": 5,
 }
 TASK_HEADER = {**asdict(TASK), "subnet": SUBNET.to_json(), "plan": TASK.plan.to_json()}
+SPREAD, WIDE = np.ones((24, 48, 1, 1), np.float32), np.ones((5, 32), np.float32)
 FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -179,3 +182,36 @@ def test_a_plan_that_is_none_gives_a_wire_error(plan):
 def test_a_task_header_of_other_types_is_refused(change):
     with pytest.raises(WireError):
         decode_task(encode_packed("task", {**TASK_HEADER, **change}, {}))
+
+
+@pytest.mark.parametrize("float_dtype", FLOAT_DTYPES)
+def test_parts_and_factors_travel_as_they_are_and_nothing_else_does(float_dtype):
+    rng = np.random.default_rng(1)
+    pair = LowRank(*(rng.standard_normal(shape).astype(np.float32) for shape in ((5, 2), (2, 32))))
+    part = rng.standard_normal((24, 3, 1, 1)).astype(np.float32)
+    given = replace(DELTA, weights={"final.conv.weight": part}, low_rank={"classifier.weight": pair})
+    buffer = encode_delta(given, float_dtype=float_dtype)
+    found = decode_delta(buffer)
+    np.testing.assert_array_equal(found.weights["final.conv.weight"], as_sent(part, float_dtype), strict=True)
+    own = found.low_rank["classifier.weight"]
+    np.testing.assert_array_equal(own.left, as_sent(pair.left, float_dtype), strict=True)
+    np.testing.assert_array_equal(own.right, as_sent(pair.right, float_dtype), strict=True)
+    assert set(found.low_rank) == {"classifier.weight"}
+    dense = replace(DELTA, weights={"final.conv.weight": SPREAD, "classifier.weight": WIDE})
+    width = 4 if float_dtype == "float32" else 2
+    saved = (SPREAD.size + WIDE.size - part.size - pair.left.size - pair.right.size) * width
+    assert len(encode_delta(dense, float_dtype=float_dtype)) - len(buffer) > saved - 512  # names and alignment
+
+
+def test_factors_of_different_weights_are_refused():
+    streams = {"weights": {}, "left": {"a": np.ones((2, 1), np.float32)}, "right": {"b": np.ones((1, 2), np.float32)}}
+    header = {**DELTA_HEADER, "parametrised": False}
+    with pytest.raises(WireError, match=r"left and right factors are of different weights: \['a', 'b'\]"):
+        decode_delta(encode_packed("delta", header, streams))
+
+
+def test_a_plan_of_parts_and_factors_travels_with_its_task():
+    plan = FineTunePlan("p", ("stem.conv.weight",), fractions=(("stem.conv.weight", 0.5),), low_rank=("a",), rank=3)
+    found, _ = decode_task(encode_task(replace(TASK, plan=plan), {}))
+    assert found.plan == plan
+    assert found.plan.digest() == plan.digest() != replace(plan, rank=2).digest()

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from cohorts import build_supernet
 
+from fedofa.aggregation.fold import FoldSums
 from fedofa.finetune.plans import build_plan
 from fedofa.supernet.sums import MAX_TERM
-from fedofa.types.delta import SubnetDelta
+from fedofa.types.delta import LowRank, SubnetDelta
 from fedofa.types.errors import DeltaError
+from fedofa.types.plan import FineTunePlan
 from fedofa.update.verification import Expectation, verify_delta
 
 SUPERNET = build_supernet()
@@ -139,3 +141,79 @@ def test_a_weight_that_is_not_positive_is_refused(num_examples):
 def test_the_weight_is_the_one_stated_at_the_introduction_whatever_the_delta_claims():
     for claimed in (0, -99, 101):
         refused(delta(num_examples=claimed), f"number of examples: expected 100, found {claimed}")
+
+
+RANKED = build_plan("lora(2)", SUPERNET.block_costs(SUBNET))
+PARTLY = FineTunePlan("part", (NAME, "final.conv.weight"), fractions=((NAME, 0.25), ("final.conv.weight", 0.5)))
+
+
+def ranked(**changes) -> SubnetDelta:
+    rng = np.random.default_rng(0)
+    pairs = {}
+    for name in RANKED.low_rank:
+        left, right = RANKED.factor_shapes(SLICES[name].shape)
+        pairs[name] = LowRank(*(rng.standard_normal(shape).astype(np.float32) for shape in (left, right)))
+    found = SubnetDelta("client-7", 5, SUBNET, RANKED.digest(), 4, 100, 12, {}, low_rank=pairs)
+    return replace(found, **changes)
+
+
+def with_pair(left: np.ndarray, right: np.ndarray) -> SubnetDelta:
+    return ranked(low_rank={**ranked().low_rank, NAME: LowRank(left, right)})
+
+
+def test_factors_that_were_asked_for_are_accepted_and_can_be_folded():
+    verify_delta(ranked(), replace(EXPECTED, plan=RANKED))
+    sums = FoldSums(SUPERNET.slice_map)
+    sums.add(ranked())
+    assert sums.num_deltas == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_factors_of_another_rank_or_shape_are_refused(side):
+    expected = replace(EXPECTED, plan=RANKED)
+    pair = ranked().low_rank[NAME]
+    left, right = pair.left, pair.right
+    for shape in ((left.shape[0], 3), (3, right.shape[1]), (left.shape[0],), (left.shape[0], 2, 1)):
+        wrong = np.zeros(shape, np.float32)
+        found = with_pair(wrong, right) if side == "left" else with_pair(left, wrong)
+        refused(found, f"'{NAME}, {side} factor': expected shape", f"found {shape}", expected=expected)
+    higher = with_pair(np.zeros((left.shape[0], 3), np.float32), np.zeros((3, right.shape[1]), np.float32))
+    refused(higher, f"expected shape {left.shape}", expected=expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_factor_that_is_not_finite_is_refused(side, value):
+    pair = ranked().low_rank[NAME]
+    values = {"left": pair.left.copy(), "right": pair.right.copy()}
+    values[side].flat[-1] = value
+    refused(with_pair(**values), f"'{NAME}, {side} factor': 1 of", expected=replace(EXPECTED, plan=RANKED))
+
+
+def test_factors_whose_product_is_out_of_the_folds_range_are_refused():
+    pair = ranked().low_rank[NAME]
+    large = np.float32(200)
+    assert large * 100 < MAX_TERM
+    found = with_pair(np.full_like(pair.left, large), np.full_like(pair.right, large))
+    refused(found, f"'{NAME}': a change of 8e+04 by 100 examples", expected=replace(EXPECTED, plan=RANKED))
+
+
+def test_factors_and_dense_changes_do_not_stand_for_each_other():
+    expected = replace(EXPECTED, plan=RANKED)
+    refused(delta(plan_digest=RANKED.digest()), "parameters: expected the plan's 0", expected=expected)
+    refused(ranked(low_rank={}), f"weights of low rank: expected the plan's {len(RANKED.low_rank)}", expected=expected)
+    refused(delta(low_rank=ranked().low_rank), "weights of low rank: expected the plan's 0")
+    float64 = {name: LowRank(pair.left.astype(float), pair.right) for name, pair in ranked().low_rank.items()}
+    refused(ranked(low_rank=float64), "left factor': expected float32, found float64", expected=expected)
+
+
+def test_a_part_must_be_exactly_the_plans():
+    shapes = {name: PARTLY.part_shape(name, SLICES[name].shape) for name in PARTLY.trainable}
+    assert shapes == {NAME: (5, 8), "final.conv.weight": (24, 8, 1, 1)}
+    expected = replace(EXPECTED, plan=PARTLY)
+    weights = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    fine = delta(weights=weights, plan_digest=PARTLY.digest())
+    verify_delta(fine, expected)
+    for wrong in ((5, 9), (5, 7), (4, 8), SLICES[NAME].shape):
+        found = replace(fine, weights={**weights, NAME: np.ones(wrong, np.float32)})
+        refused(found, f"'{NAME}': expected shape (5, 8), found {wrong}", expected=expected)

@@ -82,7 +82,7 @@ def _conv_norm_act(module: ConvNormAct, keeper: Keeper, codes_swish: bool) -> Fo
         keeper,
         codes_swish,
         zeros=None if module.pad is None else module.pad.zeros,
-        conv=_geometry(module.conv),
+        conv=geometry_of(module.conv),
         conv_layer=module.conv,
         norm=norm,
         norm_layer=module.norm,
@@ -102,7 +102,7 @@ def _leaf(module: nn.Module, keeper: Keeper, codes_swish: bool) -> Unit | None:
         return Unit(keeper, codes_swish, act=ACTIVATIONS[type(module)])
     if isinstance(module, nn.Conv2d) and _is_stock(module):
         plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return Unit(keeper, codes_swish, conv=_geometry(module), conv_layer=module) if plain else None
+        return Unit(keeper, codes_swish, conv=geometry_of(module), conv_layer=module) if plain else None
     norm = build_norm(module)
     return None if norm is None else Unit(keeper, codes_swish, norm=norm, norm_layer=module)
 
@@ -113,7 +113,8 @@ def _on_maps(unit: Unit, module: nn.Module) -> Forward:
     return lambda x: unit(x) if x.dim() == 4 else own(module, x)
 
 
-def _geometry(conv: nn.Conv2d) -> ConvGeometry:
+def geometry_of(conv: nn.Conv2d) -> ConvGeometry:
+    """The geometry of a convolution whose padding is given in numbers."""
     height, width = conv.padding
     stride, dilation = conv.stride, conv.dilation
     return ConvGeometry((stride[0], stride[1]), (int(height), int(width)), (dilation[0], dilation[1]), conv.groups)
