@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.ops.codes import gradient_inside, gradient_swish, pack_inside, pack_swish
+from fedofa.finetune.ops.sweeps import Sweep
 from fedofa.types.errors import ConfigError
 
 _aten = torch.ops.aten
+
+
+Gradient = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +27,13 @@ class Activation:
 
     Args:
         apply: the result of a tensor; with True it is written over the tensor.
-        gradient: the input's gradient from the result's and the input.
+        gradient: the input's gradient from the result's and the input, written to the third where that is given.
         upper, slope: of a clamp: its derivative is `slope` where the result lies in (0, upper), 0 elsewhere. With slope
             0 the function is hard swish.
     """
 
     apply: Callable[[Tensor, bool], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
+    gradient: Gradient
     upper: float | None
     slope: float
 
@@ -47,15 +51,37 @@ class Activation:
         return gradient_inside(grad, code, self.slope) if self.is_clamp else gradient_swish(grad, code)
 
 
-_RELU = Activation(functional.relu, lambda grad, x: _aten.threshold_backward(grad, x, 0.0), None, 1.0)
+def _clamp_gradient(upper: float) -> Gradient:
+    def gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            return _aten.hardtanh_backward(grad, x, 0.0, upper)
+        return _aten.hardtanh_backward.grad_input(grad, x, 0.0, upper, grad_input=out)
+
+    return gradient
+
+
+def _relu_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return _aten.threshold_backward(grad, x, 0.0)
+    return _aten.threshold_backward.grad_input(grad, x, 0.0, grad_input=out)
+
+
+def _h_swish_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    return _aten.hardswish_backward(grad, x) if out is None else _aten.hardswish_backward.out(grad, x, out=out)
+
+
+def _h_sigmoid_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
+    if out is None:
+        return _aten.hardsigmoid_backward(grad, x)
+    return _aten.hardsigmoid_backward.grad_input(grad, x, grad_input=out)
+
+
+_RELU = Activation(functional.relu, _relu_gradient, None, 1.0)
 _RELU6 = Activation(
-    lambda x, in_place: functional.hardtanh(x, 0.0, 6.0, in_place),
-    lambda grad, x: _aten.hardtanh_backward(grad, x, 0.0, 6.0),
-    6.0,
-    1.0,
+    lambda x, in_place: functional.hardtanh(x, 0.0, 6.0, in_place), _clamp_gradient(6.0), 6.0, 1.0
 )
-_H_SWISH = Activation(functional.hardswish, _aten.hardswish_backward, None, 0.0)
-_H_SIGMOID = Activation(functional.hardsigmoid, _aten.hardsigmoid_backward, 1.0, 1 / 6)
+_H_SWISH = Activation(functional.hardswish, _h_swish_gradient, None, 0.0)
+_H_SIGMOID = Activation(functional.hardsigmoid, _h_sigmoid_gradient, 1.0, 1 / 6)
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: _RELU,
@@ -65,9 +91,23 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 
-def affine(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool) -> Tensor:
-    """`x * scale + shift`, a scale and a shift for every channel, `(1 or batch, channels, 1, 1)`."""
-    return torch.addcmul(shift, x, scale, out=x if in_place else torch.empty_like(x))
+def affine(x: Tensor, scale: Tensor, shift: Tensor, act: Activation | None = None, *, in_place: bool) -> Tensor:
+    """The activation of `x * scale + shift`, a scale and a shift for every channel, `(1 or batch, channels, 1, 1)`."""
+    result = x if in_place else torch.empty_like(x)
+    sweep = Sweep(x, examples_differ=len(scale) > 1)
+    scales, shifts = sweep.spread(scale), sweep.spread(shift)
+    for group, (source, target) in sweep.parts(x, result):
+        torch.addcmul(shifts[group], source, scales[group], out=target)
+        if act is not None:
+            act.apply(target, True)
+    return result
+
+
+Coefficients = tuple[Tensor, ...]
+"""Scale and shift of a norm's affine map, `(1 or batch, channels, 1, 1)`; mean and reciprocal deviation of its input."""
+Wanted = tuple[bool, bool, bool]
+"""Which gradients are asked for: the input's, the weight's, the bias's."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Norm(ABC):
@@ -78,17 +118,30 @@ class Norm(ABC):
         """Whether the backward pass needs the input; `input_trains`: a gradient of the input is wanted."""
 
     @abstractmethod
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The result; and its scale and shift, `(1 or batch, channels, 1, 1)`, and two statistics for `input_kept`.
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, act: Activation | None, *, in_place: bool
+    ) -> tuple[Tensor, Coefficients]:
+        """The activation of the norm's result, and the coefficients with which `affine` gives it again, to rounding.
 
-        `affine` with scale and shift gives the result again, to rounding. With `in_place` it may be written over `x`.
+        With `in_place` it may be written over `x`.
         """
 
     @abstractmethod
-    def input_kept(
-        self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of input, weight and bias, those that are wanted at least."""
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Coefficients,
+        act: Activation | None,
+        wanted: Wanted,
+        *,
+        in_place: bool,
+    ) -> Gradients:
+        """The gradients of input, weight and bias, those that are wanted at least, from that of the activation.
+
+        With `in_place` the input's may be written over `x`.
+        """
 
 
 @final
@@ -101,20 +154,31 @@ class FrozenBatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return weight_trains
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def coefficients(self, weight: Tensor, bias: Tensor) -> Coefficients:
+        """The coefficients of `forward`; the input has no part in them."""
         mean, variance = self._layer.running_mean, self._layer.running_var
         if mean is None or variance is None:
             raise ConfigError("batch norm with frozen statistics: expected running statistics, found none")
-        scale = (variance + self._layer.eps).rsqrt_() * weight
-        shift = torch.addcmul(bias, scale, mean, value=-1).view(1, -1, 1, 1)
-        scale = scale.view(1, -1, 1, 1)
-        return affine(x, scale, shift, in_place=in_place), (scale, shift, mean, variance)
+        return _coefficients(weight, bias, mean, (variance + self._layer.eps).rsqrt_())
 
-    def input_kept(
-        self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        eps = self._layer.eps
-        return _aten.native_batch_norm_backward(grad, x, weight, *statistics, None, None, False, eps, wanted)
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, act: Activation | None, *, in_place: bool
+    ) -> tuple[Tensor, Coefficients]:
+        coefficients = self.coefficients(weight, bias)
+        return affine(x, *coefficients[:2], act, in_place=in_place), coefficients
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Coefficients,
+        act: Activation | None,
+        wanted: Wanted,
+        *,
+        in_place: bool,
+    ) -> Gradients:
+        return _batch_norm_gradients(grad, x, coefficients, act, wanted, in_place=in_place, statistics_follow=False)
 
 
 @final
@@ -127,18 +191,84 @@ class BatchNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, act: Activation | None, *, in_place: bool
+    ) -> tuple[Tensor, Coefficients]:
         if x.numel() == x.shape[1]:
             raise ConfigError("batch norm: expected more than one value a channel to take statistics of, found one")
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, self._eps)
-        scale = rstd * weight
-        shift = torch.addcmul(bias, scale, mean, value=-1)
-        return y, (scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, rstd)
+        mean, variance = _aten.batch_norm_update_stats(x, None, None, 0.0)
+        coefficients = _coefficients(weight, bias, mean, variance.add_(self._eps).rsqrt_())
+        return affine(x, *coefficients[:2], act, in_place=in_place), coefficients
 
-    def input_kept(
-        self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return _aten.native_batch_norm_backward(grad, x, weight, None, None, *statistics, True, self._eps, wanted)
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Coefficients,
+        act: Activation | None,
+        wanted: Wanted,
+        *,
+        in_place: bool,
+    ) -> Gradients:
+        return _batch_norm_gradients(grad, x, coefficients, act, wanted, in_place=in_place, statistics_follow=True)
+
+
+def _coefficients(weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Coefficients:
+    scale = rstd * weight
+    shift = torch.addcmul(bias, scale, mean, value=-1)
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1), mean, rstd
+
+
+def _batch_norm_gradients(
+    grad: Tensor,
+    x: Tensor,
+    coefficients: Coefficients,
+    act: Activation | None,
+    wanted: Wanted,
+    *,
+    in_place: bool,
+    statistics_follow: bool,
+) -> Gradients:
+    """Those of batch norm and activation in one walk; in two where the statistics follow the input."""
+    sweep = Sweep(x)
+    scale, shift, mean, rstd = coefficients
+    scales, shifts, means = (sweep.spread(item) for item in (scale, shift, mean))
+    two_walks = wanted[0] and statistics_follow
+    result = x if not wanted[0] or (in_place and not two_walks) else torch.empty_like(x)
+    first, second = sweep.buffer(x), sweep.buffer(x)
+    for_bias, for_weight = torch.zeros((2, *mean.shape), dtype=torch.float64)
+    for group, (above, below, target) in sweep.parts(grad, x, result):
+        size, part = len(above), above
+        if act is not None:
+            y = torch.addcmul(shifts[group], below, scales[group], out=first[:size])
+            part = act.gradient(above, y, second[:size])
+        for_bias += sweep.total(part)
+        for_weight += sweep.total(torch.sub(below, means[group], out=first[:size]).mul_(part))
+        if wanted[0]:
+            torch.mul(part, scales[group], out=target)
+    for_weight *= rstd
+    if two_walks:
+        _subtract_statistics(sweep, result, x, coefficients, for_weight, for_bias)
+    return (
+        result if wanted[0] else None,
+        for_weight.to(grad.dtype) if wanted[1] else None,
+        for_bias.to(grad.dtype) if wanted[2] else None,
+    )
+
+
+def _subtract_statistics(
+    sweep: Sweep, grad: Tensor, x: Tensor, coefficients: Coefficients, for_weight: Tensor, for_bias: Tensor
+) -> None:
+    """Take from the input's gradient, in place, what reaches the input by way of its mean and deviation."""
+    scale, _, mean, rstd = coefficients
+    count = x.numel() // len(mean)
+    slope = for_weight * scale.view(-1) * rstd / -count
+    height = for_bias * scale.view(-1) / -count - slope * mean
+    slopes, heights = (sweep.spread(item.to(x.dtype)) for item in (slope, height))
+    buffer = sweep.buffer(x)
+    for group, (target, source) in sweep.parts(grad, x):
+        target.add_(torch.addcmul(heights[group], source, slopes[group], out=buffer[: len(source)]))
 
 
 @final
@@ -152,7 +282,9 @@ class GroupNorm(Norm):
     def keeps_input(self, *, input_trains: bool, weight_trains: bool) -> bool:
         return input_trains or weight_trains
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor, *, in_place: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, act: Activation | None, *, in_place: bool
+    ) -> tuple[Tensor, Coefficients]:
         batch, channels, height, width = x.shape
         y, mean, rstd = torch.native_group_norm(
             x, weight, bias, batch, channels, height * width, self._groups, self._eps
@@ -160,15 +292,27 @@ class GroupNorm(Norm):
         size = channels // self._groups
         scale = torch.repeat_interleave(rstd, size, 1) * weight
         shift = torch.addcmul(bias, scale, torch.repeat_interleave(mean, size, 1), value=-1)
+        y = y if act is None else act.apply(y, True)
         return y, (scale.view(batch, channels, 1, 1), shift.view(batch, channels, 1, 1), mean, rstd)
 
-    def input_kept(
-        self, grad: Tensor, x: Tensor, weight: Tensor, statistics: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        coefficients: Coefficients,
+        act: Activation | None,
+        wanted: Wanted,
+        *,
+        in_place: bool,
+    ) -> Gradients:
         """The input's gradient is asked for in any case: torch 2.13 crashes without, where channels are innermost."""
         batch, channels, height, width = x.shape
+        scale, shift, mean, rstd = coefficients
+        if act is not None:
+            grad = act.gradient(grad, affine(x, scale, shift, in_place=False), None)
         return _aten.native_group_norm_backward(
-            *(grad, x, *statistics, weight, batch, channels, height * width, self._groups), (True, *wanted[1:])
+            *(grad, x, mean, rstd, weight, batch, channels, height * width, self._groups), (True, *wanted[1:])
         )
 
 
