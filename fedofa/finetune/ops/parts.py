@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -230,45 +230,61 @@ def _batch_norm_gradients(
     in_place: bool,
     statistics_follow: bool,
 ) -> Gradients:
-    """Those of batch norm and activation in one walk; in two where the statistics follow the input."""
-    sweep = Sweep(x)
-    scale, shift, mean, rstd = coefficients
-    scales, shifts, means = (sweep.spread(item) for item in (scale, shift, mean))
-    two_walks = wanted[0] and statistics_follow
-    result = x if not wanted[0] or (in_place and not two_walks) else torch.empty_like(x)
-    first, second = sweep.buffer(x), sweep.buffer(x)
-    for_bias, for_weight = torch.zeros((2, *mean.shape), dtype=torch.float64)
-    for group, (above, below, target) in sweep.parts(grad, x, result):
-        size, part = len(above), above
-        if act is not None:
-            y = torch.addcmul(shifts[group], below, scales[group], out=first[:size])
-            part = act.gradient(above, y, second[:size])
-        for_bias += sweep.total(part)
-        for_weight += sweep.total(torch.sub(below, means[group], out=first[:size]).mul_(part))
-        if wanted[0]:
-            torch.mul(part, scales[group], out=target)
+    """Those of batch norm and activation: in one walk; in two where the statistics follow the input."""
+    sweep = _GradientSweep(grad, x, coefficients, act, x if in_place or not wanted[0] else torch.empty_like(x))
+    _, _, mean, rstd = coefficients
+    for_bias, for_weight = sweep.sums(writes=wanted[0] and not statistics_follow)
     for_weight *= rstd
-    if two_walks:
-        _subtract_statistics(sweep, result, x, coefficients, for_weight, for_bias)
+    if wanted[0] and statistics_follow:
+        sweep.write(for_weight * rstd / -(x.numel() // len(mean)), for_bias / -(x.numel() // len(mean)))
     return (
-        result if wanted[0] else None,
+        sweep.result if wanted[0] else None,
         for_weight.to(grad.dtype) if wanted[1] else None,
         for_bias.to(grad.dtype) if wanted[2] else None,
     )
 
 
-def _subtract_statistics(
-    sweep: Sweep, grad: Tensor, x: Tensor, coefficients: Coefficients, for_weight: Tensor, for_bias: Tensor
-) -> None:
-    """Take from the input's gradient, in place, what reaches the input by way of its mean and deviation."""
-    scale, _, mean, rstd = coefficients
-    count = x.numel() // len(mean)
-    slope = for_weight * scale.view(-1) * rstd / -count
-    height = for_bias * scale.view(-1) / -count - slope * mean
-    slopes, heights = (sweep.spread(item.to(x.dtype)) for item in (slope, height))
-    buffer = sweep.buffer(x)
-    for group, (target, source) in sweep.parts(grad, x):
-        target.add_(torch.addcmul(heights[group], source, slopes[group], out=buffer[: len(source)]))
+class _GradientSweep:
+    """Walks the gradient of an activation's result and the norm's input at a time; what it writes is `result`."""
+
+    def __init__(
+        self, grad: Tensor, x: Tensor, coefficients: Coefficients, act: Activation | None, result: Tensor
+    ) -> None:
+        self.result = result
+        self._grad, self._x, self._act = grad, x, act
+        self._scale, _, self._mean, _ = coefficients
+        self._sweep = Sweep(x)
+        self._scales, self._shifts, self._means = (self._sweep.spread(item) for item in coefficients[:3])
+        self._first, self._second = self._sweep.buffer(x), self._sweep.buffer(x)
+
+    def _parts(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """The gradient of the norm's result, part by part, with the norm's input and the place of the result."""
+        for group, (above, below, target) in self._sweep.parts(self._grad, self._x, self.result):
+            part, size = above, len(above)
+            if self._act is not None:
+                y = torch.addcmul(self._shifts[group], below, self._scales[group], out=self._first[:size])
+                part = self._act.gradient(above, y, self._second[:size])
+            yield group, part, below, target
+
+    def sums(self, *, writes: bool) -> tuple[Tensor, Tensor]:
+        """Of the gradient, and of the gradient times the centred input; `writes`: its product with the scale too."""
+        totals = torch.zeros((2, *self._mean.shape), dtype=torch.float64)
+        for group, part, below, target in self._parts():
+            totals[0] += self._sweep.total(part)
+            centred = torch.sub(below, self._means[group], out=self._first[: len(below)])
+            totals[1] += self._sweep.total(centred.mul_(part))
+            if writes:
+                torch.mul(part, self._scales[group], out=target)
+        return totals[0], totals[1]
+
+    def write(self, slope: Tensor, height: Tensor) -> None:
+        """The gradient plus `slope` times the centred input plus `height`, times the scale; float64, `(channels,)`."""
+        scale = self._scale.view(-1)
+        slope, height = scale * slope, scale * (height - slope * self._mean)
+        slopes, heights = (self._sweep.spread(item.to(self._x.dtype)) for item in (slope, height))
+        for group, part, below, target in self._parts():
+            rest = torch.addcmul(heights[group], below, slopes[group], out=self._first[: len(below)])
+            torch.addcmul(rest, part, self._scales[group], out=target)
 
 
 @final

@@ -11,7 +11,7 @@ from fedofa.finetune.ops.codes import flat
 
 _PART = 1 << 16
 """Values of a part: four of them and what is computed between them fit the cache of a core."""
-_WIDTH = 1 << 11
+_WIDTH = 1 << 8
 """Rows of few channels are joined up to so many values: torch is slow at adding short rows to long maps."""
 
 
@@ -57,7 +57,10 @@ class Sweep:
     def spread(self, values: Tensor) -> Tensor:
         """Values of channels, `(1 or batch, channels, 1, 1)` or `(channels,)`, as rows that fit the parts."""
         rows = values.reshape(-1, self._channels)
-        rows = rows.repeat(1, self._joined) if self._innermost else rows.unsqueeze(2)
+        if not self._innermost:
+            rows = rows.unsqueeze(2)
+        elif self._joined > 1:
+            rows = rows.repeat(1, self._joined)
         return rows.expand(self._groups, *rows.shape[1:])
 
     def total(self, part: Tensor) -> Tensor:
