@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from fedofa.supernet.costs import BlockCost, in_backward
 from fedofa.types.errors import ConfigError
@@ -14,6 +15,11 @@ KINDS = ("full", "last_blocks(k)", "head", "bias")
 MICRO_BATCH_REFUSAL = (
     "micro-batches change what batch norm computes where it takes the batch's own statistics; set "
     "finetune.statistics=frozen, use group norm, or train with micro_batch 0"
+)
+
+FEATURE_CACHE_REFUSAL = (
+    "cached features would depend on the batch that they were computed in, where batch norm takes the batch's own "
+    "statistics; set finetune.statistics=frozen, use group norm, or train with feature_cache=false"
 )
 
 _LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
@@ -28,6 +34,7 @@ def build_plan(
     parametrised: bool = False,
     lean: bool = False,
     micro_batch: int = 0,
+    feature_cache: bool = False,
 ) -> FineTunePlan:
     """The plan of that name for one subnet.
 
@@ -40,9 +47,11 @@ def build_plan(
         statistics: batch norm's mode, "batch" or "frozen".
         parametrised: whether the blocks are those of the parametrised subnet.
         lean, micro_batch: as in `FineTunePlan`.
+        feature_cache: likewise, in plans that train nothing in the first block; the others have nothing to cache.
 
     Raises:
-        ConfigError: for an unknown plan, or for micro-batches where batch norm takes statistics of the batch.
+        ConfigError: for an unknown plan, or for micro-batches or cached features where batch norm takes statistics of
+            the batch.
     """
     if statistics not in ("batch", "frozen"):
         raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
@@ -53,7 +62,11 @@ def build_plan(
         segments = tuple((block.name,) for block in in_backward(blocks, trainable) if is_elastic(block))
     if micro_batch and statistics == "batch" and any(block.num_statistics for block in blocks):
         raise ConfigError(MICRO_BATCH_REFUSAL)
-    return FineTunePlan(name, ordered, segments, statistics, parametrised, lean, micro_batch)
+    caches = feature_cache and not any(item.name in trainable for item in blocks[0].parameters)
+    if caches and statistics == "batch" and blocks[0].num_statistics:
+        raise ConfigError(FEATURE_CACHE_REFUSAL)
+    plan = FineTunePlan(name, ordered, segments, statistics, parametrised, lean, micro_batch)
+    return replace(plan, feature_cache=caches)
 
 
 def choose_segments(blocks: Sequence[BlockCost], trainable: Collection[str]) -> tuple[tuple[str, ...], ...]:

@@ -31,6 +31,7 @@ class FineTunePlan:
         kept: form in which lean operations keep activations: "float32" (as they are), "bfloat16", "int8" or "int4".
         kept_fraction: of each activation's values, those of largest magnitude, that lean operations keep.
         fused_step: the optimiser changes each parameter as soon as its gradient is there, and drops the gradient.
+        feature_cache: what lies before the first layer that trains is computed once for each example and kept.
     """
 
     name: str
@@ -43,6 +44,7 @@ class FineTunePlan:
     kept: str = "float32"
     kept_fraction: float = 1.0
     fused_step: bool = False
+    feature_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.kept not in KEPT_FORMS:
@@ -67,6 +69,7 @@ class FineTunePlan:
             "compressed": self.kept != "float32",
             "pruned": self.kept_fraction < 1,
             "fused_step": self.fused_step,
+            "feature_cache": self.feature_cache,
         }
         return frozenset(name for name, pulls in pulled.items() if pulls)
 
@@ -95,7 +98,7 @@ class FineTunePlan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-LEVERS = ("micro_batch", "recompute", "lean", "compressed", "pruned", "fused_step")
+LEVERS = ("micro_batch", "recompute", "lean", "compressed", "pruned", "fused_step", "feature_cache")
 
 _NEEDS = {"compressed": "lean", "pruned": "lean"}
 """Lever -> the lever without which it does nothing."""

@@ -77,9 +77,7 @@ def _h_sigmoid_gradient(grad: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
 
 
 _RELU = Activation(functional.relu, _relu_gradient, None, 1.0)
-_RELU6 = Activation(
-    lambda x, in_place: functional.hardtanh(x, 0.0, 6.0, in_place), _clamp_gradient(6.0), 6.0, 1.0
-)
+_RELU6 = Activation(lambda x, in_place: functional.hardtanh(x, 0.0, 6.0, in_place), _clamp_gradient(6.0), 6.0, 1.0)
 _H_SWISH = Activation(functional.hardswish, _h_swish_gradient, None, 0.0)
 _H_SIGMOID = Activation(functional.hardsigmoid, _h_sigmoid_gradient, 1.0, 1 / 6)
 
@@ -104,7 +102,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor, act: Activation | None = Non
 
 
 Coefficients = tuple[Tensor, ...]
-"""Scale and shift of a norm's affine map, `(1 or batch, channels, 1, 1)`; mean and reciprocal deviation of its input."""
+"""Scale and shift of a norm's affine map, `(1 or batch, channels, 1, 1)`; its input's mean and reciprocal deviation."""
 Wanted = tuple[bool, bool, bool]
 """Which gradients are asked for: the input's, the weight's, the bias's."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
