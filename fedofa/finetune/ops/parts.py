@@ -101,7 +101,7 @@ def affine(x: Tensor, scale: Tensor, shift: Tensor, act: Activation | None = Non
     return result
 
 
-Coefficients = tuple[Tensor, ...]
+Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]
 """Scale and shift of a norm's affine map, `(1 or batch, channels, 1, 1)`; its input's mean and reciprocal deviation."""
 Wanted = tuple[bool, bool, bool]
 """Which gradients are asked for: the input's, the weight's, the bias's."""

@@ -101,7 +101,7 @@ class Unit:
             kept = recipe if self.conv is None and recipe is not None else self.keeper.keep(inner)
             own = own and not (self.keeper.is_exact)
             run.inner = run.shelf.put(kept)
-        y, coefficients = inner, ()
+        y, coefficients = inner, None
         coded = wants.any and kept is None and self.act is not None
         if norm is not None:
             act = None if coded else self.act
@@ -114,7 +114,7 @@ class Unit:
             run.code = None if code is None else run.shelf.put(as_is(code))
         run.stride = y.stride()
         if kept is not None:
-            run.recipe = self._recipe(kept, coefficients[:2])
+            run.recipe = self._recipe(kept, () if coefficients is None else coefficients[:2])
         return y, run
 
     def _recipe(self, kept: Kept, coefficients: tuple[Tensor, ...]) -> Kept:
@@ -124,7 +124,7 @@ class Unit:
         def restore(tensors: tuple[Tensor, ...]) -> Tensor:
             y, fresh = kept_again.restore(tensors[:count]), kept_again.fresh
             if len(tensors) > count:
-                return affine(y, *tensors[count:], act, in_place=fresh)
+                return affine(y, tensors[count], tensors[count + 1], act, in_place=fresh)
             return y if act is None else act.apply(y, fresh)
 
         kept_again = Kept((), kept.restore, kept.fresh)
@@ -206,18 +206,18 @@ def _inner_gradient(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Gradie
     """The gradients of the convolution's result, and of the norm's weight and bias, from that of the unit's result."""
     unit, run, wants = ctx.unit, ctx.run, ctx.wants
     inner, coefficients = take(saved, run.inner), take(saved, run.coefficients)
-    norm = None if coefficients is None else unit.norm
-    if norm is not None and norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
+    normed = coefficients is not None
+    if normed and unit.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
         wanted = (wants.inner, wants.scale, wants.shift)
         free = run.inner[2].fresh or unit.conv is not None  # nobody reads the convolution's result after this
-        return norm.gradients(grad, inner, take(saved, ctx.scale), coefficients, unit.act, wanted, in_place=free)
+        return unit.norm.gradients(grad, inner, take(saved, ctx.scale), coefficients, unit.act, wanted, in_place=free)
     if unit.act is not None and inner is None:
         grad = unit.act.coded_gradient(grad, take(saved, run.code))
     elif unit.act is not None:
-        y = inner if norm is None else affine(inner, *coefficients[:2], in_place=False)
+        y = affine(inner, *coefficients[:2], in_place=False) if normed else inner
         grad = unit.act.gradient(grad, y, None)
     shift = channel_sums(grad) if wants.shift else None
-    if norm is not None and wants.inner:
+    if normed and wants.inner:
         grad = grad * coefficients[0] if unit.act is None else grad.mul_(coefficients[0])
     return grad, None, shift
 
