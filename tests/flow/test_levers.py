@@ -1,8 +1,8 @@
 """Levers of a plan through the command line: one result with any number of workers, and refusals in time."""
 
 import pytest
-from conf.compose import compose_conf
 
+from conf.compose import compose_conf
 from fedofa.types.errors import ConfigError
 from server.federation import build_parts
 
