@@ -16,6 +16,7 @@ from clients.subnets import SubnetCache, build_teacher
 from fedofa.data.federation import Examples
 from fedofa.evaluation.calibration import CALIBRATION_BATCH, statistic_sums
 from fedofa.evaluation.metrics import evaluate
+from fedofa.finetune.features import FeatureCache
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.finetune.trainer import LocalTraining, Objective, batch_bounds, fine_tune
 from fedofa.shrinking.schedule import TeacherLoss
@@ -29,6 +30,7 @@ from fedofa.update.exchange import ClientTask, decode_task, encode_delta, encode
 
 app = ClientApp()
 _subnets = SubnetCache()
+_features = FeatureCache()
 
 
 @app.query()
@@ -55,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
     objective = _teacher_objective(client.data.train, task, training)
     model, supernet = _subnets.load(task, received)
     inputs, labels = _inputs(client.data.train, task, task.subnet, supernet)
-    result = fine_tune(model, task.plan, received, inputs, labels, training, generator, objective)
+    result = fine_tune(model, task.plan, received, inputs, labels, training, generator, objective, _features)
     delta = SubnetDelta(
         client_id=client.client_id,
         round=task.round,

@@ -236,6 +236,7 @@ class FinetuneConf:
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
     lean: bool = MISSING  # operations that keep only what their gradients need
     micro_batch: int = MISSING  # examples at a time, gradients being added up; 0: the whole batch
+    feature_cache: bool = MISSING  # what lies before the first layer that trains is computed once for each example
     optimiser: str = MISSING  # "sgd" | "adamw"
     learning_rate: float = MISSING
     decay: str = MISSING  # of the learning rate over the rounds: "none" | "cosine" (to a hundredth)

@@ -21,7 +21,7 @@ from fedofa.data.sources import ImageSet
 from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan, needs_contributions
 from fedofa.finetune.sparse import Contributions
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.trainer import SHIFT_REFUSAL, LocalTraining
 from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.base import Supernet
@@ -257,8 +257,10 @@ def _plans(
     conf: FinetuneConf, *, parametrised: bool = False, contributions: Contributions | None = None
 ) -> list[list[PlanOf]]:
     """The plans in order of preference, each with the ways of recomputing that are allowed."""
+    if conf.feature_cache and conf.max_shift:
+        raise ConfigError(f"finetune.feature_cache: {SHIFT_REFUSAL}; found max_shift={conf.max_shift}")
     settings = {"statistics": conf.statistics, "lean": conf.lean, "micro_batch": conf.micro_batch}
-    settings |= {"parametrised": parametrised, "contributions": contributions}
+    settings |= {"parametrised": parametrised, "contributions": contributions, "feature_cache": conf.feature_cache}
     return [
         [partial(build_plan, name, recompute=again, **settings) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedofa.finetune.features import feature_bytes
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.types.plan import FineTunePlan
 
@@ -49,7 +50,7 @@ class TrainingMemory:
 
     Args:
         weight_bytes: the model and the received copy of it.
-        input_bytes: all examples of the client, and one batch of them.
+        input_bytes: all examples of the client and their cached features, and one batch of them.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries.
     """
 
@@ -96,9 +97,11 @@ def training_memory(
     with LiveBytes((inputs, labels, *model.parameters(), *model.buffers())) as live:
         fine_tune(model, plan, received, inputs, labels, recipe, torch.Generator().manual_seed(0))
     example = inputs[0].nbytes
+    kept_features = feature_bytes(model, plan, input_shape)
     return TrainingMemory(
         weight_bytes=2 * sum(tensor.nbytes for tensor in state.values()),
-        input_bytes=example * (num_examples + batch - seen + (batch if training.max_shift else 0)),
+        input_bytes=example * (num_examples + batch - seen + (batch if training.max_shift else 0))
+        + (num_examples - seen) * kept_features,
         step_bytes=live.peak,
     )
 

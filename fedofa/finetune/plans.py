@@ -18,6 +18,11 @@ MICRO_BATCH_REFUSAL = (
     "finetune.statistics=frozen, use group norm, or train with micro_batch 0"
 )
 
+FEATURE_CACHE_REFUSAL = (
+    "cached features would depend on the batch that they were computed in, where batch norm takes the batch's own "
+    "statistics; set finetune.statistics=frozen, use group norm, or train with feature_cache=false"
+)
+
 _LAST_BLOCKS = re.compile(r"last_blocks\((\d+)\)")
 _SPARSE = re.compile(r"sparse\((\d*\.?\d+)\)")
 _LORA = re.compile(r"lora\((\d+)\)")
@@ -32,6 +37,7 @@ def build_plan(
     parametrised: bool = False,
     lean: bool = False,
     micro_batch: int = 0,
+    feature_cache: bool = False,
     contributions: Contributions | None = None,
 ) -> FineTunePlan:
     """The plan of that name for one subnet.
@@ -48,11 +54,12 @@ def build_plan(
         statistics: batch norm's mode, "batch" or "frozen".
         parametrised: whether the blocks are those of the parametrised subnet.
         lean, micro_batch: as in `FineTunePlan`.
+        feature_cache: likewise, in plans that train nothing in the first block; the others have nothing to cache.
         contributions: of the supernet's layers; only "sparse" needs them.
 
     Raises:
-        ConfigError: for an unknown plan, for micro-batches where batch norm takes statistics of the batch, or where
-            "sparse" lacks contributions.
+        ConfigError: for an unknown plan, for micro-batches or cached features where batch norm takes statistics of the
+            batch, or where "sparse" lacks contributions.
     """
     if statistics not in ("batch", "frozen"):
         raise ConfigError(f"finetune.statistics: expected 'batch' or 'frozen', found {statistics!r}")
@@ -76,7 +83,10 @@ def build_plan(
         segments = tuple((block.name,) for block in backward if is_elastic(block))
     if micro_batch and statistics == "batch" and any(block.num_statistics for block in blocks):
         raise ConfigError(MICRO_BATCH_REFUSAL)
-    levers = {"lean": lean, "micro_batch": micro_batch}
+    caches = feature_cache and not any(item.name in trainable | low_rank for item in blocks[0].parameters)
+    if caches and statistics == "batch" and blocks[0].num_statistics:
+        raise ConfigError(FEATURE_CACHE_REFUSAL)
+    levers = {"lean": lean, "micro_batch": micro_batch, "feature_cache": caches}
     sets = {"fractions": parts, "low_rank": products, "rank": rank}
     return FineTunePlan(name, ordered, segments, statistics, parametrised, **levers, **sets)
 

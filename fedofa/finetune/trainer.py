@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.engine import planned
+from fedofa.finetune.features import FeatureCache, cut_of
 from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd
 from fedofa.types.delta import LowRank
 from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.plan import FineTunePlan
 
 OPTIMISERS = ("sgd", "adamw")
+
+SHIFT_REFUSAL = (
+    "cached features are those of images that stay as they are; set finetune.max_shift=0 or feature_cache=false"
+)
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From a batch's logits `(batch, num_classes)` and the indices of its examples `(batch,)` to the loss."""
@@ -103,6 +108,7 @@ def fine_tune(
     training: LocalTraining,
     generator: torch.Generator,
     objective: Objective | None = None,
+    features: FeatureCache | None = None,
 ) -> FineTuneResult:
     """Train the model in place as the plan says.
 
@@ -116,6 +122,7 @@ def fine_tune(
         generator: draws the batches' order; another one of the same seed draws the rounding of compressed activations.
             Dropout draws from torch's default generator, which the caller seeds.
         objective: what is minimised, a mean over examples; by default the cross-entropy of `label_objective`.
+        features: what earlier trainings of this process computed; used by plans with a feature cache.
     """
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
@@ -125,6 +132,8 @@ def fine_tune(
     inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
     rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
     with planned(model, plan, rounding) as parameters:
+        if plan.feature_cache:
+            model, inputs = _behind_features(model, plan, inputs, training.batch_size, features or FeatureCache())
         optimiser = _build_optimiser(parameters, training)
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
         with _stepping_in_backward(parameters, optimiser, plan):
@@ -177,13 +186,24 @@ def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tenso
     )
 
 
+def _behind_features(
+    model: nn.Module, plan: FineTunePlan, inputs: Tensor, batch_size: int, cache: FeatureCache
+) -> tuple[nn.Module, Tensor]:
+    """The part of the model that trains, and what it takes in place of the inputs."""
+    cut = cut_of(model, plan)
+    form = "lean" if plan.lean else "stock"
+    return cut.suffix, cache.features(cut.prefix, inputs, plan.micro_batch or batch_size, form)
+
+
 def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
-    """Refuse a recipe that needs what the plan never has: whole weights, or all gradients at once."""
+    """Refuse a recipe that changes cached inputs, or needs what the plan never has: whole weights, all gradients."""
     if plan.low_rank and training.proximal_mu:
         raise ConfigError(
             f"plan {plan.name!r} trains factors, which have no distance from the received weights; set "
             f"finetune.proximal_mu=0, found {training.proximal_mu!r}"
         )
+    if plan.feature_cache and training.max_shift:
+        raise ConfigError(f"plan {plan.name!r}: {SHIFT_REFUSAL}, found finetune.max_shift={training.max_shift}")
     if not plan.fused_step:
         return
     clashes = {

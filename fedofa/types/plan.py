@@ -33,6 +33,7 @@ class FineTunePlan:
         kept: form in which lean operations keep activations: "float32" (as they are), "bfloat16", "int8" or "int4".
         kept_fraction: of each activation's values, those of largest magnitude, that lean operations keep.
         fused_step: the optimiser changes each parameter as soon as its gradient is there, and drops the gradient.
+        feature_cache: what lies before the first layer that trains is computed once for each example and kept.
         fractions: weights among the trainable ones of which only a leading part trains (see `part_shape`), each with
             the fraction of its channels.
         low_rank: weights whose change is the product of two trained factors, in the subnet's order (see
@@ -50,6 +51,7 @@ class FineTunePlan:
     kept: str = "float32"
     kept_fraction: float = 1.0
     fused_step: bool = False
+    feature_cache: bool = False
     fractions: tuple[tuple[str, float], ...] = ()
     low_rank: tuple[str, ...] = ()
     rank: int = 0
@@ -126,6 +128,7 @@ class FineTunePlan:
             "compressed": self.kept != "float32",
             "pruned": self.kept_fraction < 1,
             "fused_step": self.fused_step,
+            "feature_cache": self.feature_cache,
         }
         return frozenset(name for name, pulls in pulled.items() if pulls)
 
@@ -163,7 +166,7 @@ def leading_count(fraction: float, channels: int) -> int:
     return max(1, math.ceil(round(fraction * channels, 6)))
 
 
-LEVERS = ("micro_batch", "recompute", "lean", "compressed", "pruned", "fused_step")
+LEVERS = ("micro_batch", "recompute", "lean", "compressed", "pruned", "fused_step", "feature_cache")
 
 _NEEDS = {"compressed": "lean", "pruned": "lean"}
 """Lever -> the lever without which it does nothing."""

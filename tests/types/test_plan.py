@@ -17,7 +17,7 @@ def test_round_trip():
 
 
 def test_the_digest_is_the_same_on_every_machine_and_release():
-    assert PLAN.digest() == "ee72c6df0e91829e"
+    assert PLAN.digest() == "fd9a4f7434e06a1e"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def test_the_digest_is_the_same_on_every_machine_and_release():
         {"lean": True, "kept": "int8"},
         {"lean": True, "kept_fraction": 0.5},
         {"fused_step": True},
+        {"feature_cache": True},
     ],
 )
 def test_the_digest_covers_everything(change):
@@ -54,26 +55,6 @@ def test_from_json_refuses_what_is_not_a_plan(value):
         FineTunePlan.from_json(value)
 
 
-TABLE = {
-    "micro_batch recompute": True,
-    "micro_batch lean": True,
-    "micro_batch fused_step": False,
-    "recompute lean": True,
-    "recompute fused_step": True,
-    "lean compressed": True,
-    "lean pruned": True,
-    "lean fused_step": True,
-    "compressed": False,
-    "pruned": False,
-    "compressed micro_batch": False,
-    "lean compressed micro_batch": True,
-    "lean compressed recompute": True,
-    "lean compressed fused_step": True,
-    "lean compressed pruned": False,
-    "lean pruned micro_batch": True,
-    "lean pruned recompute": True,
-    "lean pruned fused_step": True,
-}
 SETTINGS = {
     "micro_batch": {"micro_batch": 1},
     "recompute": {"recompute": (("stages.1.0",),)},
@@ -81,19 +62,18 @@ SETTINGS = {
     "compressed": {"kept": "int8"},
     "pruned": {"kept_fraction": 0.5},
     "fused_step": {"fused_step": True},
+    "feature_cache": {"feature_cache": True},
 }
 
 
-@pytest.mark.parametrize(("levers", "together"), TABLE.items())
-def test_which_levers_go_together(levers, together):
-    settings = {name: value for lever in levers.split() for name, value in SETTINGS[lever].items()}
-    if together:
-        plan = FineTunePlan("p", ("w",), **settings)
-        assert plan.levers == frozenset(levers.split()) <= frozenset(LEVERS)
-        assert FineTunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-    else:
-        with pytest.raises(ConfigError, match="plan 'p': .*(need lean|choose)"):
-            FineTunePlan("p", ("w",), **settings)
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_plan_says_which_levers_it_pulls(lever):
+    """Which go together is tested where they train: tests/finetune/test_lever_table.py."""
+    pulled = {lever} | ({"lean"} if lever in ("compressed", "pruned") else set())
+    settings = {name: value for item in pulled for name, value in SETTINGS[item].items()}
+    plan = FineTunePlan("p", ("w",), **settings)
+    assert plan.levers == pulled
+    assert FineTunePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 @pytest.mark.parametrize(

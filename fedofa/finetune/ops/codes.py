@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 17
+CHUNK = 1 << 16
 """Values handled at a time, a multiple of 8: temporaries stay in a core's cache."""
 _GATHER = 0x0102040810204080
 """Multiplied with eight bytes of 0 or 1 it collects them as bits in the uppermost byte, the first as the lowest bit."""
@@ -32,15 +32,32 @@ def like(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype).copy_(x)
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+def chunks(count: int) -> Iterator[slice]:
+    """Ranges of values that are handled at a time; what is computed between lies in buffers that all of them use."""
+    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+
+
+def chunk_buffer(count: int, dtype: torch.dtype) -> Tensor:
+    """A buffer for one chunk of that many values: fresh memory for every chunk would cost more than the work on it."""
+    return torch.empty(min(count, CHUNK), dtype=dtype)
 
 
 def pack_bits(values: Tensor) -> Tensor:
     """Booleans `(count,)` as `(ceil(count / 8),)` bytes, the first as the lowest bit."""
+    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8)
+    words = chunk_buffer(len(packed), torch.int64)
+    for part in chunks(values.numel()):
+        _pack_chunk(values[part], words, packed[part.start // 8 : -(-part.stop // 8)])
+    return packed
+
+
+def _pack_chunk(values: Tensor, words: Tensor, packed: Tensor) -> None:
+    """Pack booleans into `packed`; `words` is a buffer of as many values."""
     spare = -values.numel() % 8
     padded = torch.nn.functional.pad(values, (0, spare)) if spare else values
-    return (padded.view(torch.uint8).view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+    words = words[: len(packed)]
+    torch.mul(padded.view(torch.uint8).view(torch.int64), _GATHER, out=words)
+    packed.copy_(torch.bitwise_right_shift(words, 56, out=words))
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
@@ -62,11 +79,15 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
     """
     values = flat(result)
     packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8)
-    for part in _chunks(values.numel()):
-        inside = values[part].to(torch.bool)
+    inside, below = (chunk_buffer(values.numel(), torch.bool) for _ in range(2))
+    rest, words = chunk_buffer(values.numel(), values.dtype), chunk_buffer(len(packed), torch.int64)
+    for part in chunks(values.numel()):
+        size = part.stop - part.start
+        inside[:size].copy_(values[part])
         if upper is not None:
-            inside &= (values[part] - upper).to(torch.bool)
-        packed[part.start // 8 : -(-part.stop // 8)] = pack_bits(inside)
+            below[:size].copy_(torch.sub(values[part], upper, out=rest[:size]))
+            torch.bitwise_and(inside[:size], below[:size], out=inside[:size])
+        _pack_chunk(inside[:size], words, packed[part.start // 8 : -(-part.stop // 8)])
     return packed
 
 
@@ -74,9 +95,13 @@ def gradient_inside(grad: Tensor, packed: Tensor, slope: float) -> Tensor:
     """The result's gradient times `slope` where the bit is set, 0 elsewhere; `grad` lies as the packed result did."""
     out = torch.empty_like(grad)
     source, target, table = flat(grad), flat(out), _bit_table(grad.dtype) * slope
-    for part in _chunks(source.numel()):
-        bits = torch.index_select(table, 0, packed[part.start // 8 : -(-part.stop // 8)].int()).view(-1)
-        torch.mul(source[part], bits[: part.stop - part.start], out=target[part])
+    numbers = chunk_buffer(len(packed), torch.int32)
+    factors = chunk_buffer(8 * len(packed), grad.dtype).view(-1, 8)
+    for part in chunks(source.numel()):
+        codes = packed[part.start // 8 : -(-part.stop // 8)]
+        bits = factors[: len(codes)]
+        torch.index_select(table, 0, numbers[: len(codes)].copy_(codes), out=bits)
+        torch.mul(source[part], bits.view(-1)[: part.stop - part.start], out=target[part])
     return out
 
 
@@ -88,8 +113,10 @@ def pack_swish(x: Tensor) -> Tensor:
     """
     values = flat(x)
     packed = torch.empty(values.numel(), dtype=torch.uint8)
-    for part in _chunks(values.numel()):
-        packed[part] = (values[part] + 3).mul_(_SWISH_CELLS / 6).add_(1).clamp_(0, 255)
+    cells = chunk_buffer(values.numel(), values.dtype)
+    for part in chunks(values.numel()):
+        cell = torch.add(values[part], 3, out=cells[: part.stop - part.start])
+        packed[part] = cell.mul_(_SWISH_CELLS / 6).add_(1).clamp_(0, 255)
     return packed
 
 
@@ -100,7 +127,8 @@ def gradient_swish(grad: Tensor, packed: Tensor) -> Tensor:
     """
     out = torch.empty_like(grad)
     source, target = flat(grad), flat(out)
-    for part in _chunks(source.numel()):
-        middle = packed[part].to(grad.dtype).sub_(0.5).mul_(6 / _SWISH_CELLS).sub_(3)
-        target[part] = torch.ops.aten.hardswish_backward(source[part], middle)
+    cells = chunk_buffer(source.numel(), grad.dtype)
+    for part in chunks(source.numel()):
+        middle = cells[: part.stop - part.start].copy_(packed[part]).sub_(0.5).mul_(6 / _SWISH_CELLS).sub_(3)
+        torch.ops.aten.hardswish_backward.out(source[part], middle, out=target[part])
     return out

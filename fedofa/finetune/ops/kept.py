@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedofa.finetune.ops.codes import dense, flat, pack_bits, unpack_bits
+from fedofa.finetune.ops.codes import chunk_buffer, chunks, dense, flat, pack_bits, unpack_bits
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import KEPT_FORMS
 
 _GROUP = 256
-"""Consecutive values in memory that share one range."""
+"""Consecutive values in memory that share one range; a chunk of `codes` holds whole groups."""
 
 
 class Kept(NamedTuple):
@@ -82,24 +82,46 @@ class Keeper:
     def _quantise(self, x: Tensor, levels: int) -> Kept:
         """Codes of 8 or 4 bits, and the least value and the step of every group."""
         values = flat(x)
-        count = values.numel()
-        padded = torch.nn.functional.pad(values, (0, -count % _GROUP)).view(-1, _GROUP)
-        least, most = padded.aminmax(dim=1, keepdim=True)
-        step = (most - least).div_(levels).clamp_(min=torch.finfo(x.dtype).tiny)
-        noise = torch.rand(padded.shape, generator=self._generator, dtype=x.dtype)
-        codes = noise.add_((padded - least).div_(step)).clamp_(0, levels).to(torch.uint8)
-        if levels == 15:
-            codes = codes[:, ::2] | codes[:, 1::2] << 4
-        dtype, shape, stride = x.dtype, x.shape, x.stride()
+        count, dtype, shape, stride = values.numel(), x.dtype, x.shape, x.stride()
+        groups = -(-count // _GROUP)
+        codes = torch.empty(groups, _GROUP if levels == 255 else _GROUP // 2, dtype=torch.uint8)
+        least, step = torch.empty(groups, 1, dtype=dtype), torch.empty(groups, 1, dtype=dtype)
+        scaled, noise = (chunk_buffer(groups * _GROUP, dtype) for _ in range(2))
+        for part in chunks(count):
+            rows = _rows(part)
+            parts = codes[rows], least[rows], step[rows]
+            self._quantise_part(values[part], levels, parts, scaled, noise)
 
         def restore(kept: tuple[Tensor, ...]) -> Tensor:
             codes, least, step = kept
-            if levels == 15:
-                codes = torch.stack((codes & 15, codes >> 4), dim=2).view(-1, _GROUP)
-            values = codes.to(dtype).mul_(step).add_(least)
-            return values.view(-1)[:count].as_strided(shape, stride)
+            values = torch.empty(groups, _GROUP, dtype=dtype)
+            for part in chunks(count):
+                rows = _rows(part)
+                _set_codes(values[rows], codes[rows], levels)
+                values[rows].mul_(step[rows]).add_(least[rows])
+            return values.as_strided(shape, stride)
 
         return Kept((codes, least, step), restore, fresh=True)
+
+    def _quantise_part(
+        self, values: Tensor, levels: int, kept: tuple[Tensor, Tensor, Tensor], scaled: Tensor, noise: Tensor
+    ) -> None:
+        """Write codes, least values and steps of some whole groups; `scaled` and `noise` are buffers."""
+        codes, least, step = kept
+        full = len(codes) * _GROUP
+        scaled, noise = scaled[:full], noise[:full].view(-1, _GROUP)
+        scaled[: len(values)] = values
+        scaled[len(values) :] = 0
+        scaled = scaled.view(-1, _GROUP)
+        torch.aminmax(scaled, dim=1, keepdim=True, out=(least, step))
+        step.sub_(least).div_(levels).clamp_(min=torch.finfo(step.dtype).tiny)
+        noise.uniform_(generator=self._generator)
+        scaled.sub_(least).div_(step).add_(noise).clamp_(0, levels)
+        if levels == 255:
+            codes.copy_(scaled)
+        else:
+            low, high = scaled[:, ::2].to(torch.uint8), scaled[:, 1::2].to(torch.uint8)
+            torch.bitwise_or(low, high.mul_(16), out=codes)
 
     def _prune(self, x: Tensor) -> Kept:
         """The values of largest magnitude in their order, and one bit a value: whether it is one of them."""
@@ -116,3 +138,17 @@ class Keeper:
             return dense.as_strided(shape, stride)
 
         return Kept((values[chosen], pack_bits(where)), restore, fresh=True)
+
+
+def _rows(part: slice) -> slice:
+    """The groups that a chunk of values consists of."""
+    return slice(part.start // _GROUP, -(-part.stop // _GROUP))
+
+
+def _set_codes(values: Tensor, codes: Tensor, levels: int) -> None:
+    """Write codes of 8 or 4 bits as numbers into `values`, `(groups, _GROUP)`."""
+    if levels == 255:
+        values.copy_(codes)
+    else:
+        values[:, ::2] = codes & 15
+        values[:, 1::2] = codes >> 4

@@ -20,8 +20,9 @@ from torch.nn import functional
 from fedofa.finetune.ops.codes import dense, like
 from fedofa.finetune.ops.convolution import ConvGeometry
 from fedofa.finetune.ops.kept import Keeper, Kept, as_is
-from fedofa.finetune.ops.parts import Activation, Norm, affine
+from fedofa.finetune.ops.parts import Activation, FrozenBatchNorm, Gradients, Norm, affine
 from fedofa.finetune.ops.recipes import Shelf, Ticket, recipe_of, set_recipe, take
+from fedofa.finetune.ops.sweeps import channel_sums
 
 Zeros = Callable[[int, int], tuple[int, int, int, int]]
 """The zeros left, right, above and below of a map of that height and width."""
@@ -67,11 +68,18 @@ class Unit:
         zeros = (0, 0, 0, 0) if self.zeros is None else self.zeros(*x.shape[2:])
         return functional.pad(x, zeros) if any(zeros) else x
 
-    def keeps_inner(self, wants: _Wants, recipe: Kept | None) -> bool:
+    def folds(self, wants: _Wants) -> FrozenBatchNorm | None:
+        """The norm that becomes part of the convolution: batch norm with frozen statistics, where neither the
+        convolution's parameters nor the norm's weight train. Its bias may: that is the folded convolution's own.
+        """
+        trains = wants.weight or wants.bias or wants.scale
+        return self.norm if isinstance(self.norm, FrozenBatchNorm) and self.conv is not None and not trains else None
+
+    def keeps_inner(self, wants: _Wants, norm: Norm | None, recipe: Kept | None) -> bool:
         """Whether the norm's input (without a norm: the activation's) is kept."""
         if not wants.any:
             return False
-        if self.norm is not None and self.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
+        if norm is not None and norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
             return True
         if self.act is None:
             return False
@@ -80,28 +88,33 @@ class Unit:
     def run(self, x: Tensor, parameters: Parameters, wants: _Wants, recipe: Kept | None) -> tuple[Tensor, _Run]:
         """The forward pass; `recipe` is the input's. The result is a new tensor; with it comes what was kept."""
         weight, bias, scale, shift = parameters
-        run = _Run()
+        run, norm, folding = _Run(), self.norm, self.folds(wants)
+        if folding is not None:
+            factor, offset, *_ = folding.coefficients(scale, shift)
+            weight, bias, norm = folded(weight, factor), _folded_bias(bias, factor, offset), None
+            run.factor = run.shelf.put(as_is(factor)) if wants.inner else None
         inner, own = (dense(x), False) if self.conv is None else (self.conv.forward(self.padded(x), weight, bias), True)
         if wants.weight:
             run.input = run.shelf.put(recipe or self.keeper.keep(x))
         kept = None
-        if self.keeps_inner(wants, recipe):
+        if self.keeps_inner(wants, norm, recipe):
             kept = recipe if self.conv is None and recipe is not None else self.keeper.keep(inner)
             own = own and not (self.keeper.is_exact)
             run.inner = run.shelf.put(kept)
-        y, coefficients = inner, ()
-        if self.norm is not None:
-            (y, coefficients), own = self.norm.forward(inner, scale, shift, in_place=own), True
+        y, coefficients = inner, None
+        coded = wants.any and kept is None and self.act is not None
+        if norm is not None:
+            act = None if coded else self.act
+            (y, coefficients), own = norm.forward(inner, scale, shift, act, in_place=own), True
             run.coefficients = run.shelf.put(Kept(coefficients, tuple, fresh=False)) if wants.any else None
-        if self.act is not None:
-            coded = wants.any and kept is None
+        if self.act is not None and (coded or norm is None):
             code = self.act.pack(y, y) if coded and not self.act.is_clamp else None
             y = self.act.apply(y, own)
             code = self.act.pack(y, y) if coded and self.act.is_clamp else code
             run.code = None if code is None else run.shelf.put(as_is(code))
         run.stride = y.stride()
         if kept is not None:
-            run.recipe = self._recipe(kept, coefficients[:2])
+            run.recipe = self._recipe(kept, () if coefficients is None else coefficients[:2])
         return y, run
 
     def _recipe(self, kept: Kept, coefficients: tuple[Tensor, ...]) -> Kept:
@@ -111,7 +124,7 @@ class Unit:
         def restore(tensors: tuple[Tensor, ...]) -> Tensor:
             y, fresh = kept_again.restore(tensors[:count]), kept_again.fresh
             if len(tensors) > count:
-                y, fresh = affine(y, *tensors[count:], in_place=fresh), True
+                return affine(y, tensors[count], tensors[count + 1], act, in_place=fresh)
             return y if act is None else act.apply(y, fresh)
 
         kept_again = Kept((), kept.restore, kept.fresh)
@@ -142,7 +155,7 @@ class _Wants:
 class _Run:
     """One forward pass: what it put on its shelf, and the tickets of it."""
 
-    __slots__ = ("code", "coefficients", "inner", "input", "recipe", "shelf", "stride")
+    __slots__ = ("code", "coefficients", "factor", "inner", "input", "recipe", "shelf", "stride")
 
     def __init__(self) -> None:
         self.shelf = Shelf()
@@ -150,6 +163,7 @@ class _Run:
         self.input: Ticket | None = None
         self.inner: Ticket | None = None
         self.coefficients: Ticket | None = None
+        self.factor: Ticket | None = None
         self.code: Ticket | None = None
         self.recipe: Kept | None = None
 
@@ -173,39 +187,49 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         unit, run, wants, saved = ctx.unit, ctx.run, ctx.wants, ctx.saved_tensors
-        grad = like(
-            grad, run.stride
-        )  # torch's norms misread the gradient of a mean, which is spread out with strides 0
-        inner = take(saved, run.inner)
-        coefficients = take(saved, run.coefficients)
-        scale = shift = weight = bias = None
-        own = False
-        if unit.act is not None:
-            if inner is None:
-                grad = unit.act.coded_gradient(grad, take(saved, run.code))
-            else:
-                y = affine(inner, *coefficients[:2], in_place=False) if unit.norm is not None else inner
-                grad = unit.act.gradient(grad, y)
-            own = True
-        if unit.norm is not None:
-            keeps = unit.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale)
-            if keeps:
-                wanted = (wants.inner, wants.scale, wants.shift)
-                norm_weight = take(saved, ctx.scale)
-                grad, scale, shift = unit.norm.input_kept(grad, inner, norm_weight, coefficients[2:], wanted)
-            else:
-                shift = grad.sum((0, 2, 3)) if wants.shift else None
-                if wants.inner:
-                    grad = grad.mul_(coefficients[0]) if own else grad * coefficients[0]
-        inner = None
+        grad = like(grad, run.stride)  # torch gives the gradient of a mean spread out with strides 0
+        grad, scale, shift = _inner_gradient(ctx, saved, grad)
+        weight = bias = None
         if unit.conv is None:
             return None, None, None, grad if wants.input else None, None, None, scale, shift
-        bias = grad.sum((0, 2, 3)) if wants.bias else None
+        bias = channel_sums(grad) if wants.bias else None
         kernel = take(saved, ctx.weight)
         if wants.weight:
             weight = unit.conv.weight_gradient(grad, unit.padded(take(saved, run.input)), kernel)
-        grad = _input_gradient(unit, unit.conv, grad, kernel, ctx.shape) if wants.input else None
-        return None, None, None, grad, weight, bias, scale, shift
+        if wants.input:
+            kernel = kernel if run.factor is None else folded(kernel, take(saved, run.factor))
+            grad = _input_gradient(unit, unit.conv, grad, kernel, ctx.shape)
+        return None, None, None, grad if wants.input else None, weight, bias, scale, shift
+
+
+def _inner_gradient(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> Gradients:
+    """The gradients of the convolution's result, and of the norm's weight and bias, from that of the unit's result."""
+    unit, run, wants = ctx.unit, ctx.run, ctx.wants
+    inner, coefficients = take(saved, run.inner), take(saved, run.coefficients)
+    normed = coefficients is not None
+    if normed and unit.norm.keeps_input(input_trains=wants.inner, weight_trains=wants.scale):
+        wanted = (wants.inner, wants.scale, wants.shift)
+        free = run.inner[2].fresh or unit.conv is not None  # nobody reads the convolution's result after this
+        return unit.norm.gradients(grad, inner, take(saved, ctx.scale), coefficients, unit.act, wanted, in_place=free)
+    if unit.act is not None and inner is None:
+        grad = unit.act.coded_gradient(grad, take(saved, run.code))
+    elif unit.act is not None:
+        y = affine(inner, *coefficients[:2], in_place=False) if normed else inner
+        grad = unit.act.gradient(grad, y, None)
+    shift = channel_sums(grad) if wants.shift else None
+    if normed and wants.inner:
+        grad = grad * coefficients[0] if unit.act is None else grad.mul_(coefficients[0])
+    return grad, None, shift
+
+
+def folded(weight: Tensor, factor: Tensor) -> Tensor:
+    """A convolution's weight with every output channel times the norm's factor `(1, out_channels, 1, 1)`."""
+    return weight * factor.view(-1, 1, 1, 1)
+
+
+def _folded_bias(bias: Tensor | None, factor: Tensor, offset: Tensor) -> Tensor:
+    """The bias of the folded convolution, `(out_channels,)`."""
+    return (offset if bias is None else torch.addcmul(offset, factor, bias.view(factor.shape))).view(-1)
 
 
 def _input_gradient(unit: Unit, conv: ConvGeometry, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
