@@ -49,7 +49,7 @@ class TrainingMemory:
 
     Args:
         weight_bytes: the model and the received copy of it.
-        input_bytes: all examples of the client, and one batch of them.
+        input_bytes: all examples of the client, and where images are moved a micro-batch of them.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries.
     """
 
@@ -98,7 +98,7 @@ def training_memory(
     example = inputs[0].nbytes
     return TrainingMemory(
         weight_bytes=2 * sum(tensor.nbytes for tensor in state.values()),
-        input_bytes=example * (num_examples + batch - seen + (batch if training.max_shift else 0)),
+        input_bytes=example * (num_examples + ((plan.micro_batch or batch) if training.max_shift else 0)),
         step_bytes=live.peak,
     )
 
