@@ -50,7 +50,7 @@ class TrainingMemory:
 
     Args:
         weight_bytes: the model and the received copy of it.
-        input_bytes: all examples of the client and their cached features, and one batch of them.
+        input_bytes: all examples of the client and their cached features, and where images are moved a micro-batch.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries.
     """
 
@@ -100,7 +100,7 @@ def training_memory(
     kept_features = feature_bytes(model, plan, input_shape)
     return TrainingMemory(
         weight_bytes=2 * sum(tensor.nbytes for tensor in state.values()),
-        input_bytes=example * (num_examples + batch - seen + (batch if training.max_shift else 0))
+        input_bytes=example * (num_examples + ((plan.micro_batch or batch) if training.max_shift else 0))
         + (num_examples - seen) * kept_features,
         step_bytes=live.peak,
     )

@@ -129,7 +129,6 @@ def fine_tune(
     _check_levers(plan, training)
     losses = []
     objective = objective or label_objective(labels, training.label_smoothing)
-    inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
     rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
     with planned(model, plan, rounding) as parameters:
         if plan.feature_cache:
@@ -140,8 +139,8 @@ def fine_tune(
             for batch in _batches(len(labels), training, generator):
                 for parameter in parameters:
                     parameter.grad = None
-                images = shifted(inputs[batch], training.max_shift, generator)
-                losses.append(_backward(model, images, batch, plan, objective))
+                offsets = draw_offsets(len(batch), training.max_shift, generator)
+                losses.append(_backward(model, inputs, batch, offsets, plan, objective))
                 _add_proximal_gradient(parameters, anchors, training.proximal_mu)
                 if training.max_gradient_norm:
                     nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
@@ -168,16 +167,30 @@ def label_objective(labels: Tensor, label_smoothing: float) -> Objective:
     return lambda logits, batch: functional.cross_entropy(logits, labels[batch], label_smoothing=label_smoothing)
 
 
+def channels_innermost(images: Tensor) -> Tensor:
+    """Images `(batch, channels, height, width)` in the layout that models train in; other tensors as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
     """Every image moved by its own random offset of at most `max_shift` pixels; its edge pixels fill the gap.
 
     Args:
         images: `(batch, channels, height, width)`; the result has the same shape, channels innermost in memory.
     """
-    if not max_shift:
+    return moved(images, draw_offsets(len(images), max_shift, generator))
+
+
+def draw_offsets(count: int, max_shift: int, generator: torch.Generator) -> Tensor | None:
+    """Offsets of images along height and width in pixels, `(2, count, 1)`; None, and nothing is drawn, for no shift."""
+    return torch.randint(-max_shift, max_shift + 1, (2, count, 1), generator=generator) if max_shift else None
+
+
+def moved(images: Tensor, offsets: Tensor | None) -> Tensor:
+    """Images `(batch, channels, height, width)` moved by their `draw_offsets`; the same images where those are None."""
+    if offsets is None:
         return images
     batch, _, height, width = images.shape
-    offsets = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), generator=generator)
     rows = (torch.arange(height) + offsets[0]).clamp_(0, height - 1)
     columns = (torch.arange(width) + offsets[1]).clamp_(0, width - 1)
     examples = torch.arange(batch)
@@ -219,13 +232,24 @@ def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
             )
 
 
-def _backward(model: nn.Module, images: Tensor, batch: Tensor, plan: FineTunePlan, objective: Objective) -> Tensor:
-    """Add the gradients of the batch's mean loss, one micro-batch after the other; returns that loss."""
+def _backward(
+    model: nn.Module,
+    inputs: Tensor,
+    batch: Tensor,
+    offsets: Tensor | None,
+    plan: FineTunePlan,
+    objective: Objective,
+) -> Tensor:
+    """Add the gradients of the batch's mean loss, one micro-batch after the other; returns that loss.
+
+    Images are copied a micro-batch at a time: a whole batch of large ones takes more than a small plan does.
+    """
     size = plan.micro_batch or len(batch)
     total = None
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
-        loss = objective(model(images[start : start + size]), part)
+        own = None if offsets is None else offsets[:, start : start + size]
+        loss = objective(model(channels_innermost(moved(inputs[part], own))), part)
         loss = loss if len(part) == len(batch) else loss * (len(part) / len(batch))
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()

@@ -10,6 +10,7 @@ import torch
 from cohorts import build_supernet
 
 from fedofa.finetune.engine import planned
+from fedofa.finetune.memory import LiveBytes
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recompute import recomputed
 from fedofa.finetune.trainer import LocalTraining, fine_tune
@@ -57,6 +58,25 @@ def test_exact_levers_give_the_same_training(supernet, levers):
     assert found.loss == pytest.approx(plain.loss, rel=1e-6)
     for name, change in plain.weights.items():
         np.testing.assert_allclose(found.weights[name], change, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_micro_batches_see_the_images_of_the_whole_batch_moved_alike():
+    moving = replace(SGD, max_shift=2)
+    plain, found = trained(SUPERNET, moving), trained(SUPERNET, moving, micro_batch=1)
+    still = trained(SUPERNET)
+    for name, change in plain.weights.items():
+        np.testing.assert_allclose(found.weights[name], change, rtol=1e-4, atol=1e-7, err_msg=name)
+    assert not np.allclose(plain.weights["classifier.weight"], still.weights["classifier.weight"], rtol=1e-2)
+
+
+def test_no_copy_of_a_whole_batch_lies_beside_a_micro_batch():
+    subnet = SUPERNET.space.largest()
+    model, plan = SUPERNET.build(subnet), build_plan("head", SUPERNET.block_costs(subnet), lean=True, micro_batch=1)
+    inputs, labels = torch.zeros(64, 1, 40, 40), torch.zeros(64, dtype=torch.int64)
+    received = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+    with LiveBytes((inputs, labels, *model.parameters(), *model.buffers())) as live:
+        fine_tune(model, plan, received, inputs, labels, replace(SGD, batch_size=64, epochs=1), torch.Generator())
+    assert live.peak < inputs.nbytes
 
 
 @pytest.mark.parametrize(
