@@ -94,13 +94,13 @@ def saved_bytes(model: nn.Module, plan: FineTunePlan, inputs: Tensor) -> int:
         return tensor
 
     with planned(model, plan, torch.Generator()), torch.autograd.graph.saved_tensors_hooks(pack, lambda item: item):
-        images = inputs[: plan.micro_batch or len(inputs)]
+        images, trained = inputs[: plan.micro_batch or len(inputs)], model
         if plan.feature_cache:
             cut = cut_of(model, plan)
             with torch.no_grad():
-                images = cut.prefix(images)
+                images, trained = cut.prefix(images), cut.suffix
             own.add(images.untyped_storage().data_ptr())
-        kept = (cut.suffix if plan.feature_cache else model)(images)
+        kept = trained(images)
     del kept
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
