@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedofa.finetune.ops.swap import lean
-from fedofa.supernet.layers import ConvNormAct, SqueezeExcite
+from fedofa.supernet.layers import ConvNormAct, MeanPool, SqueezeExcite
 from fedofa.supernet.network import ConvSpec
 
 _REPETITIONS = 12
@@ -56,6 +56,13 @@ def cases() -> Iterator[Case]:
     yield Case("average pool", nn.AvgPool2d(2), shape, ())
     yield Case("max pool", nn.MaxPool2d(3, 2, 1), shape, ())
     yield Case("squeeze-excite", squeeze_excite(96), shape, everything)
+    for trains in (everything, biases, ()):
+        unit = filled(ConvNormAct(ConvSpec("unit", 96, 96, 1, activation="relu6"), "batch", 1e-5)).eval()
+        yield Case(f"pointwise, frozen batch norm, relu6, trains {trains}", unit, shape, trains)
+        linear = nn.Sequential(MeanPool(), nn.Flatten(), nn.Linear(96, 100))
+        yield Case(f"mean pool, linear, trains {trains}", linear, shape, trains)
+    residual = filled(ConvNormAct(ConvSpec("unit", 96, 96, 3, depthwise=True, residual=True), "batch", 1e-5)).eval()
+    yield Case(f"residual 3x3 depthwise, frozen batch norm, trains {biases}", residual, shape, biases)
     for kind in ("group", "batch"):
         for act in ("relu", "h_swish"):
             for trains in (everything, biases):

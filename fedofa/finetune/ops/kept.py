@@ -72,7 +72,7 @@ class Keeper:
         """Keep a tensor of any shape in the keeper's form."""
         if self.is_exact:
             return as_is(x)
-        x = dense(x)
+        x = dense(x.detach())
         if self.fraction < 1:
             return self._prune(x)
         if self.form == "bfloat16":
@@ -126,18 +126,45 @@ class Keeper:
     def _prune(self, x: Tensor) -> Kept:
         """The values of largest magnitude in their order, and one bit a value: whether it is one of them."""
         values = flat(x)
-        size = max(1, math.ceil(self.fraction * values.numel()))
-        chosen = values.abs().topk(size, sorted=False).indices.sort().values
-        where = torch.zeros_like(values, dtype=torch.bool)
-        where[chosen] = True
-        shape, stride, count = x.shape, x.stride(), values.numel()
+        count, shape, stride = values.numel(), x.shape, x.stride()
+        size = max(1, math.ceil(self.fraction * count))
+        least, ties = _threshold(values, size)
+        chosen, packed = torch.empty(size, dtype=x.dtype), torch.empty(-(-count // 8), dtype=torch.uint8)
+        filled = 0
+        for part in chunks(count):
+            magnitudes = values[part].abs()
+            where = magnitudes > least
+            where[(magnitudes == least).nonzero()[:ties]] = True
+            found = values[part][where]
+            ties -= int((found.abs() == least).sum())
+            chosen[filled : filled + len(found)] = found
+            filled += len(found)
+            packed[_bytes(part)] = pack_bits(where)
 
         def restore(kept: tuple[Tensor, ...]) -> Tensor:
-            dense = kept[0].new_zeros(count)
-            dense[unpack_bits(kept[1], count)] = kept[0]
-            return dense.as_strided(shape, stride)
+            values, start = kept[0].new_zeros(count), 0
+            for part in chunks(count):
+                where = unpack_bits(kept[1][_bytes(part)], part.stop - part.start)
+                end = start + int(where.sum())
+                values[part][where] = kept[0][start:end]
+                start = end
+            return values.as_strided(shape, stride)
 
-        return Kept((values[chosen], pack_bits(where)), restore, fresh=True)
+        return Kept((chosen, packed), restore, fresh=True)
+
+
+def _threshold(values: Tensor, size: int) -> tuple[float, int]:
+    """The least magnitude among the `size` largest, and how many of that very magnitude are among them."""
+    magnitudes = values.abs()
+    place = len(values) - size
+    magnitudes.numpy().partition(place)  # torch's selections hold an index of 8 bytes beside every value
+    least = magnitudes[place]
+    return float(least), size - int((magnitudes[place:] > least).sum())
+
+
+def _bytes(part: slice) -> slice:
+    """The bytes in which a chunk's bits lie."""
+    return slice(part.start // 8, -(-part.stop // 8))
 
 
 def _rows(part: slice) -> slice:

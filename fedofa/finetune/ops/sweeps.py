@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from fedofa.finetune.ops.codes import flat
 
 _PART = 1 << 16
 """Values of a part: four of them and what is computed between them fit the cache of a core."""
@@ -26,33 +25,25 @@ class Sweep:
         examples_differ: no part reaches over two examples, since coefficients are each example's own.
     """
 
-    def __init__(self, x: Tensor, *, examples_differ: bool = False) -> None:
-        batch, self._channels = x.shape[:2]
-        self._innermost = x.is_contiguous(memory_format=torch.channels_last)
-        self._groups = batch if examples_differ or not self._innermost else 1
-        positions = x.numel() // (self._groups * self._channels)
-        self._joined = 1
-        while self._innermost and positions % (2 * self._joined) == 0 and self._width <= _WIDTH // 2:
-            self._joined *= 2
+    __slots__ = ("_channels", "_innermost", "_joined", "_places", "_width")
 
-    @property
-    def _width(self) -> int:
-        return self._joined * self._channels
+    def __init__(self, x: Tensor, *, examples_differ: bool = False) -> None:
+        self._channels = x.shape[1]
+        self._innermost = x.is_contiguous(memory_format=torch.channels_last)
+        self._joined, self._width, self._places = _places(tuple(x.shape), self._innermost, examples_differ)
 
     def parts(self, *maps: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """Views of the same part of every map, and the part's place in what `spread` gives."""
-        shape = (self._groups, -1, self._width) if self._innermost else (self._groups, self._channels, -1)
-        views = [flat(item).view(shape) for item in maps]
-        step = max(1, _PART // self._width) if self._innermost else self._channels
-        for group in range(self._groups):
-            for start in range(0, views[0].shape[1], step):
-                yield group, [view[group, start : start + step] for view in views]
+        width = self._width
+        for group, start, rows in self._places:
+            yield (
+                group,
+                [item.as_strided((rows, width), (width, 1), item.storage_offset() + start * width) for item in maps],
+            )
 
     def buffer(self, x: Tensor) -> Tensor:
         """Memory for one part, of the map's type: fresh memory for every part would cost more than the work on it."""
-        rows = max(1, _PART // self._width) if self._innermost else self._channels
-        width = self._width if self._innermost else x.numel() // (self._groups * self._channels)
-        return torch.empty(min(rows, x.numel() // width), width, dtype=x.dtype)
+        return torch.empty(max(rows for _, _, rows in self._places), self._width, dtype=x.dtype)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of channels, `(1 or batch, channels, 1, 1)` or `(channels,)`, as rows that fit the parts."""
@@ -61,11 +52,37 @@ class Sweep:
             rows = rows.unsqueeze(2)
         elif self._joined > 1:
             rows = rows.repeat(1, self._joined)
-        return rows.expand(self._groups, *rows.shape[1:])
+        groups = self._places[-1][0] + 1
+        return rows if len(rows) == groups else rows.expand(groups, *rows.shape[1:])
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of a part's values of every channel, `(channels,)`."""
-        return part.sum(0).view(self._joined, self._channels).sum(0) if self._innermost else part.sum(1)
+        if not self._innermost:
+            return part.sum(1)
+        sums = part.sum(0)
+        return sums if self._joined == 1 else sums.view(self._joined, self._channels).sum(0)
+
+
+@lru_cache(maxsize=1024)
+def _places(
+    shape: tuple[int, int, int, int], innermost: bool, examples_differ: bool
+) -> tuple[int, int, tuple[tuple[int, int, int], ...]]:
+    """Positions that a row holds, values of a row, and for every part its group, first row and number of rows."""
+    batch, channels, height, width = shape
+    if not innermost:
+        places = tuple((example, example * channels, channels) for example in range(batch))
+        return 1, height * width, places
+    groups = batch if examples_differ else 1
+    positions, joined = batch * height * width // groups, 1
+    while positions % (2 * joined) == 0 and 2 * joined * channels <= _WIDTH:
+        joined *= 2
+    rows, step = positions // joined, max(1, _PART // (joined * channels))
+    places = tuple(
+        (group, group * rows + start, min(step, rows - start))
+        for group in range(groups)
+        for start in range(0, rows, step)
+    )
+    return joined, joined * channels, places
 
 
 def channel_sums(x: Tensor) -> Tensor:

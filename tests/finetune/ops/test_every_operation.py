@@ -14,7 +14,7 @@ from fedofa.supernet.network import ConvSpec
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 TOLERANCES = {torch.float64: 1e-7, torch.float32: 2e-5}
-"""Relative, against stock autograd in float64: the rounding of a chain of float32 operations."""
+"""Relative, against stock autograd in float64; for float32 the rounding of a chain of operations."""
 
 
 def unit(norm, activation, **more):

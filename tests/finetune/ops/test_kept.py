@@ -117,3 +117,24 @@ def test_pruning_keeps_the_largest_values_exactly(fraction):
 def test_what_does_not_fit_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Keeper(**settings)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5])
+def test_pruning_keeps_as_many_as_it_says_among_equal_magnitudes_of_many_chunks(fraction):
+    x = torch.ones(200_000)
+    x[::2] *= -1
+    x[:10] = 3.0
+    kept = Keeper(fraction=fraction).keep(x)
+    found = kept.restore(kept.tensors)
+    assert int((found != 0).sum()) == fraction * x.numel() == len(kept.tensors[0])
+    assert torch.equal(found[found != 0], x[found != 0])
+    assert torch.equal(found[:10], x[:10])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"form": "int8"}, {"form": "int4"}, {"form": "bfloat16"}, {"fraction": 0.3}], ids=str
+)
+def test_what_is_kept_of_a_tensor_with_a_history_has_none(settings):
+    x = torch.randn(300, generator=generator(), requires_grad=True) * 2
+    kept = Keeper(**settings, generator=generator()).keep(x)
+    assert not any(item.requires_grad for item in (*kept.tensors, kept.restore(kept.tensors)))
