@@ -45,7 +45,7 @@ class NumpySgd(NumpyOptimiser):
                 gradient = self._velocities[name]
             elif recipe.momentum:
                 self._velocities[name] = gradient.copy()
-            parameter -= recipe.learning_rate * gradient
+            np.subtract(parameter, recipe.learning_rate * gradient, out=parameter)
 
 
 @final
@@ -68,9 +68,9 @@ class NumpyAdamW(NumpyOptimiser):
             first, second = self._moments[name]
             first += (1 - _BETAS[0]) * (gradient - first)
             second += (1 - _BETAS[1]) * (gradient * gradient - second)
-            parameter *= 1 - recipe.learning_rate * recipe.weight_decay
+            kept = parameter * (1 - recipe.learning_rate * recipe.weight_decay)
             spread = np.sqrt(second / corrections[1]) + _EPSILON
-            parameter -= recipe.learning_rate / corrections[0] * (first / spread)
+            np.subtract(kept, recipe.learning_rate / corrections[0] * (first / spread), out=parameter)
 
 
 def build_numpy_optimiser(training: LocalTraining) -> NumpyOptimiser:
@@ -84,4 +84,4 @@ def clip_gradients(gradients: Arrays, max_norm: float) -> None:
     factor = max_norm / (norm + _NORM_GUARD)
     if factor < 1:
         for gradient in gradients.values():
-            gradient *= np.float32(factor)
+            np.multiply(gradient, np.float32(factor), out=gradient)

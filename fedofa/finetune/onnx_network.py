@@ -206,8 +206,7 @@ def _column(values: np.ndarray) -> np.ndarray:
 
 
 def _window(spec: ConvSpec, side: int) -> Window:
-    pads = (spec.kernel // 2,) * 4
+    before = after = spec.kernel // 2
     if spec.pads:
         before, after = same_padding(side, spec.kernel, spec.stride)
-        pads = (before, before, after, after)
-    return Window(spec.stride, pads, spec.in_channels if spec.depthwise else 1)
+    return Window(spec.stride, (before, before, after, after), spec.in_channels if spec.depthwise else 1)

@@ -12,7 +12,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 _OPSET, _IR_VERSION = 17, 9
-_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +200,13 @@ class Tape:
         return self._noted(y, (1, channels, *out), [x], step)
 
     def max_pool(self, x: Value) -> Value:
-        """The largest of 3 x 3 windows at stride 2, one zero around; the first of equal ones gets the gradient."""
+        """The largest of 3 x 3 windows at stride 2, which begin one pixel outside; the first of equal ones gets the gradient."""
         shape = (*x.shape[:2], *(-(-length // 2) for length in x.shape[2:]))
         y, places = f"t{len(self._nodes)}", f"t{len(self._nodes)}i"
-        window = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
-        self._nodes.append(helper.make_node("MaxPool", [x.name], [y, places], **window))
+        node = helper.make_node(
+            "MaxPool", [x.name], [y, places], kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]
+        )
+        self._nodes.append(node)
 
         def step(grad: str) -> None:
             flat = np.array([math.prod(x.shape)], np.int64)
@@ -256,9 +257,8 @@ class Tape:
             product = self.node("Gemm", matrix, self.shaped(grad, (shape[1], -1)), transA=1)
             return self.shaped(product, x.shape)
         if window.stride == 1 and window.groups == x.shape[1] == shape[1]:
-            last, end, axes = (
-                self.constant(np.array(item, np.int64)) for item in ([-1] * 2, [_BEFORE_FIRST] * 2, [2, 3])
-            )
+            backwards = ([-1] * 2, [_BEFORE_FIRST] * 2, [2, 3])
+            last, end, axes = (self.constant(np.array(item, np.int64)) for item in backwards)
             flipped = self.node("Slice", weight.name, last, end, axes, last)
             pads = [kernel - 1 - zeros for zeros in window.pads]
             return self.node("Conv", grad, flipped, group=window.groups, pads=pads)

@@ -8,9 +8,9 @@ none does, "logits" `(1, num_classes)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 import numpy as np
 import onnxruntime
@@ -100,7 +100,7 @@ class CompiledSession:
 
     def run(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the step gives for one example; gradients by their parameters' names."""
-        results = self._session.run(self._outputs, {**self._tensors, **example})
+        results = cast("list[np.ndarray]", self._session.run(self._outputs, {**self._tensors, **example}))
         return {name.removeprefix(_GRADIENT): found for name, found in zip(self._outputs, results, strict=True)}
 
 
@@ -144,8 +144,8 @@ def fine_tune_compiled(
         loss, gradients = _mean_gradients(session, examples, batch, shifts, training, dropout)
         losses.append(loss)
         if training.proximal_mu:
-            for name, gradient in gradients.items():
-                gradient += training.proximal_mu * (parameters[name] - received[name])
+            for name, parameter in parameters.items():
+                gradients[name] += training.proximal_mu * (parameter - received[name])
         if training.max_gradient_norm:
             clip_gradients(gradients, training.max_gradient_norm)
         optimiser.step(parameters, gradients)
@@ -173,7 +173,7 @@ def score_compiled(session: CompiledSession, examples: StoredExamples) -> Score:
 def _mean_gradients(
     session: CompiledSession,
     examples: StoredExamples,
-    batch: Sequence[int],
+    batch: np.ndarray,
     shifts: np.ndarray | None,
     training: LocalTraining,
     dropout: np.random.Generator,
@@ -194,9 +194,8 @@ def _mean_gradients(
                 sums[name] += gradient
             else:
                 sums[name] = gradient
-    for gradient in sums.values():
-        gradient /= np.float32(len(batch))
-    return total / len(batch), sums
+    means = {name: gradient / np.float32(len(batch)) for name, gradient in sums.items()}
+    return total / len(batch), means
 
 
 def _target(num_classes: int, label: int, training: LocalTraining) -> np.ndarray:
