@@ -43,5 +43,6 @@ class TorchDraws:
         return (words % (high - low) + low).reshape(shape)
 
     def _next(self, count: int) -> np.ndarray:
-        """Words of 32 bits, as int64."""
-        return np.frombuffer(self._words.bytes(4 * count), "<u4").astype(np.int64)
+        """Words of 32 bits, as int64; none are drawn for none (numpy would draw one)."""
+        drawn = self._words.bytes(4 * count) if count else b""
+        return np.frombuffer(drawn, "<u4").astype(np.int64)

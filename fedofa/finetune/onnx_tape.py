@@ -200,7 +200,7 @@ class Tape:
         return self._noted(y, (1, channels, *out), [x], step)
 
     def max_pool(self, x: Value) -> Value:
-        """The largest of 3 x 3 windows at stride 2, which begin one pixel outside; the first of equal ones gets the gradient."""
+        """The largest of 3 x 3 windows at stride 2 from one pixel outside; the first of equals gets the gradient."""
         shape = (*x.shape[:2], *(-(-length // 2) for length in x.shape[2:]))
         y, places = f"t{len(self._nodes)}", f"t{len(self._nodes)}i"
         node = helper.make_node(
@@ -346,7 +346,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Tape, str], str], Callable[[Tape, str, s
     "h_swish": (lambda tape, x: tape.node("HardSwish", x), _h_swish_slope),
     "h_sigmoid": (
         lambda tape, x: tape.node("HardSigmoid", x, alpha=1 / 6, beta=0.5),
-        lambda tape, x, y: _masked(tape, _between(tape, y, 0.0, 1.0), 1 / 6),
+        lambda tape, x, y: _masked(tape, _between(tape, x, -3.0, 3.0), 1 / 6),
     ),
 }
 """Name -> the nodes of the activation, and what is kept of it (from its input and result) and does its gradient."""

@@ -184,7 +184,7 @@ def _mean_gradients(
         image = examples.image(index, session.side)
         if shifts is not None:
             image = _shifted(image, shifts[:, place])
-        example = {"image": image, "target": _target(session.num_classes, examples.labels[index], training)}
+        example = {"image": image, "target": _target(session.num_classes, int(examples.labels[index]), training)}
         if (shape := session.dropout_shape()) is not None:
             example["uniform"] = dropout.random(shape, np.float32)
         results = session.run(example)

@@ -36,7 +36,7 @@ class DeviceProfile:
     def __post_init__(self) -> None:
         if not isinstance(self.device_class, str):
             raise ConfigError(f"device profile, device_class: expected a name, found {self.device_class!r:.80}")
-        if self.engine not in ENGINES:
+        if not isinstance(self.engine, str) or self.engine not in ENGINES:
             where = f"device class {self.device_class!r}, engine"
             raise ConfigError(f"{where}: expected one of {list(ENGINES)}, found {self.engine!r:.80}")
         for item in fields(self)[1:-1]:
