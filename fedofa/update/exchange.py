@@ -112,8 +112,7 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
         header["plan"] = FineTunePlan.from_json(header["plan"])
         if header.get("teaching") is not None:
             header["teaching"] = _teaching(header["teaching"], packed.streams[_TEACHER])
-        if _GRAPH in packed.streams:
-            header["graph"] = _inflated(packed.streams[_GRAPH][_GRAPH])
+        header["graph"] = _inflated(packed.streams[_GRAPH][_GRAPH]) if _GRAPH in packed.streams else None
         task = ClientTask(**header)
         _check_types("task", task, _TASK_TYPES)
         if task.float_dtype not in FLOAT_DTYPES:

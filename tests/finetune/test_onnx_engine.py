@@ -32,6 +32,8 @@ LABELS = np.arange(8) % 5
 SEEDS = task_seeds(0, "client-0001", 3)
 TRAINING = LocalTraining(batch_size=3, learning_rate=0.01, max_shift=1, label_smoothing=0.1, weight_decay=1e-3)
 
+# An activation that lies within rounding of a kink has one slope or the other, as each engine rounds it: at 45 pixels
+# the last case has one 2e-8 from ReLU's, which alone moves its channel's bias by a tenth of its change.
 SPACES = {
     "group norm, h-swish, SE": ("small", "group", ()),
     "batch norm, h-swish, SE": ("small", "batch", ()),
@@ -43,7 +45,7 @@ SPACES = {
         "batch",
         (
             "supernet.pretrained=null",
-            "supernet.resolutions=[45]",
+            "supernet.resolutions=[47]",
             "+supernet.stem_pool=true",
             "++supernet.padding=tensorflow",
             "supernet.activation=relu",
