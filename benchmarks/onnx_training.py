@@ -3,7 +3,7 @@
 MobileNetV2-like networks of 100 classes; each row is a process of its own. `engine` is what the process holds before
 it has a task: the interpreter, numpy and ONNX Runtime or torch; `process` the most of the whole process; `step` the
 CPU time of one example's forward and backward pass, the least of several, and `ratio` that over torch's of the same
-plan with lean operations and micro-batch 1. Torch is in no process of the first engine, except where its subnet is made.
+plan with lean operations and micro-batch 1. No process that trains without torch makes its own task.
 
 The last line is for machines.
 """
