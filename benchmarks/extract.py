@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
 from fedofa.types.space import SubnetConfig
 from fedofa.update.codec import decode_packed, encode_and_view, encode_packed

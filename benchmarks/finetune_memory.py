@@ -29,8 +29,9 @@ from fedofa.finetune.features import FeatureCache, cut_of
 from fedofa.finetune.memory import tune_allocator
 from fedofa.finetune.plans import build_plan, choose_segments, needs_contributions
 from fedofa.finetune.probing import measure_contributions
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.sparse import Contributions
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.pretrained import READY_MADE
 from fedofa.types.plan import FineTunePlan

@@ -27,8 +27,8 @@ from flwr.app.user_config import UserConfig
 from torch import Tensor
 from torch.nn import functional
 
-from clients.client_app import seed_task
 from clients.local import client_id
+from clients.torch_engine import seed_task
 from conf.compose import compose_conf, encode_conf
 from conf.schema import SimulateConf
 from fedofa.data.federation import Examples

@@ -75,6 +75,7 @@ class DeviceClassConf:
     uplink_bytes_per_second: float = MISSING
     downlink_bytes_per_second: float = MISSING
     availability: float = 1.0
+    engine: str = "torch"  # what trains on it: "torch" | "onnxruntime"
 
 
 @dataclass

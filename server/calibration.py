@@ -19,6 +19,7 @@ from fedofa.types.state import SharedState
 from fedofa.types.statistics import StatisticSums
 from fedofa.update.exchange import decode_statistics
 from fedofa.update.verification import StatisticsExpectation, verify_statistics
+from server.compiled import COMPILED
 from server.fleet import ClientInfo
 from server.planning import Planner
 from server.rounds import RoundRecord
@@ -61,7 +62,7 @@ class FleetCalibration:
 
         Args:
             exchange: sends messages and yields the replies.
-            clients: are asked; for each subnet those whose memory holds it.
+            clients: are asked; for each subnet those whose engine and memory can.
             record: its bytes and calibration failures are added to.
 
         Raises:
@@ -70,7 +71,7 @@ class FleetCalibration:
         merged = {}
         able = sorted(clients, key=lambda client: client.client_id)
         for subnet in dict.fromkeys(subnets):
-            asked = {client.node_id: client for client in able if self._fits(subnet, client)}
+            asked = {client.node_id: client for client in able if self._can_observe(subnet, client)}
             parts = self._ask(exchange, server_round, state, subnet, asked, record)
             if not parts:
                 why = next(iter(record.calibration_failures.values()), "no available client can hold it")
@@ -117,7 +118,10 @@ class FleetCalibration:
         verify_statistics(statistics, wanted)
         return statistics.sums
 
-    def _fits(self, subnet: SubnetConfig, client: ClientInfo) -> bool:
+    def _can_observe(self, subnet: SubnetConfig, client: ClientInfo) -> bool:
+        """Whether a client can observe batch norms on batches, and its memory holds the subnet's forward pass."""
+        if client.profile.engine == COMPILED:
+            return False
         blocks = self.scorer.supernet.block_costs(subnet)
         return forward_bytes(blocks, self.planner.work(client.num_train)) <= client.profile.memory_bytes
 

@@ -20,8 +20,9 @@ from fedofa.data.federation import FederatedData
 from fedofa.data.sources import ImageSet
 from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan, needs_contributions
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.sparse import Contributions
-from fedofa.finetune.trainer import SHIFT_REFUSAL, LocalTraining
+from fedofa.finetune.trainer import SHIFT_REFUSAL
 from fedofa.search.fit import FitSearch, PlanOf
 from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.base import Supernet
@@ -32,6 +33,7 @@ from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
+from server.compiled import unfit_engines
 from server.phases import FederatedShrinking
 from server.planning import Planner
 from server.progress import say
@@ -85,6 +87,7 @@ class Parts:
             round_attempts=conf.fleet.round_attempts,
             max_lost_rounds=conf.fleet.max_lost_rounds,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
+            unfit_engines=unfit_engines(self.supernet, conf.finetune.statistics, conf.shrinking.schedule),
             uniform=uniform,
         )
         planner = Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fedofa.device.cost import LocalWork, RoundCost
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
 from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError

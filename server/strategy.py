@@ -18,7 +18,7 @@ from clients.records import message_metrics, packed_buffer, packed_content
 from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import ServerOptimiser
 from fedofa.evaluation.metrics import Score
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import capacity
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import CheckpointError, DeltaError, FoldError, QuorumError, WireError
@@ -29,6 +29,7 @@ from fedofa.update.exchange import ClientTask, Teaching, decode_delta, encode_ta
 from fedofa.update.verification import Expectation, verify_delta
 from server.calibration import FleetCalibration
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
+from server.compiled import COMPILED, compiled
 from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
 from server.introductions import enrolled
 from server.phases import Cohort, FederatedShrinking
@@ -62,6 +63,7 @@ class FederationSettings:
     quorum_fraction: float = 0.5  # of a cohort's clients, whose verified deltas a round needs
     round_attempts: int = 2  # how often a round is tried, each time with other clients, before it is given up
     max_lost_rounds: int = 3  # rounds given up one after the other that end the run
+    unfit_engines: Mapping[str, str] = field(default_factory=dict)  # engine -> why its clients take no part
     uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
 
 
@@ -178,7 +180,10 @@ class FedOFA(Strategy):
         """The clients that introduce themselves, by id, and of the others why they take no part."""
         nodes = await_nodes(grid, self.settings.num_clients, self.settings.join_seconds)
         questions = (Message(RecordDict(), node, MessageType.QUERY) for node in nodes)
-        clients, refused = enrolled(self._exchange(grid, questions))
+        everybody, refused = enrolled(self._exchange(grid, questions))
+        unfit = self.settings.unfit_engines
+        refused |= {item.client_id: unfit[item.profile.engine] for item in everybody if item.profile.engine in unfit}
+        clients = [item for item in everybody if item.client_id not in refused]
         missing = self.settings.num_clients - len(nodes)
         if missing > 0:
             refused[f"{missing} of {self.settings.num_clients} clients"] = (
@@ -273,14 +278,18 @@ class FedOFA(Strategy):
                 yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
 
     def _payload(self, server_round: int, item: Assignment) -> bytes:
-        """The task of everybody who trains that subnet under that plan and teacher."""
+        """The task of everybody who trains that subnet under that plan and teacher with that engine."""
         fit = item.fit
         slices = self.supernet.slice_map(fit.subnet, fit.plan.parametrised)
         tensors = slices.extract(self.state.tensors)
         if fit.plan.statistics == "frozen":
             calibrated = self.scorer.calibrated_tensors(self.state, fit.subnet, self._sums)
             tensors |= {item.name: calibrated[item.name] for item in slices if item.role == "statistic"}
-        return _encoded(self._task(server_round, fit.subnet, fit.plan, self._teaching(server_round, item)), tensors)
+        task = self._task(server_round, fit.subnet, fit.plan, self._teaching(server_round, item))
+        if item.client.profile.engine == COMPILED:
+            graph, tensors = compiled(self.supernet, fit.subnet, fit.plan, tensors)
+            task = replace(task, graph=graph)
+        return _encoded(task, tensors)
 
     def _plain_payload(self, server_round: int, state: SharedState, subnet: SubnetConfig) -> bytes:
         """A subnet that is looked at and not trained."""
@@ -387,20 +396,22 @@ class FedOFA(Strategy):
         """Send every client its own subnet, to be scored on its own test examples."""
         everybody = [item for item in self.plan.assignments.values() if item.client.num_test]
         self._cohort = {item.client.node_id: item for item in everybody}
-        payloads: dict[SubnetConfig, bytes] = {}
+        payloads: dict[tuple[SubnetConfig, str], bytes] = {}
         subnets = dict.fromkeys(item.fit.subnet for item in everybody)
         self._sums = self._statistics(grid, self.state, subnets, RoundRecord(server_round))
-        for item in sorted(everybody, key=lambda item: item.fit.subnet.choices):
-            if item.fit.subnet not in payloads:
-                payloads = {item.fit.subnet: self._payload(server_round, self._scored(item))}
-            content = packed_content(payloads[item.fit.subnet])
+        for item in sorted(everybody, key=lambda item: (item.fit.subnet.choices, item.client.profile.engine)):
+            key = (item.fit.subnet, item.client.profile.engine)
+            if key not in payloads:
+                payloads = {key: self._payload(server_round, self._scored(item))}
+            content = packed_content(payloads[key])
             yield Message(content, item.client.node_id, MessageType.EVALUATE, group_id=str(server_round))
 
     @staticmethod
     def _scored(item: Assignment) -> Assignment:
         """An assignment for scoring only: statistics must be the calibrated ones."""
         fit = item.fit
-        return replace(item, fit=replace(fit, plan=replace(fit.plan, statistics="frozen")))
+        plan = FineTunePlan("none", (), statistics="frozen", parametrised=fit.plan.parametrised)
+        return replace(item, fit=replace(fit, plan=plan))
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Accuracy on the clients' own test examples by device class, weighted by examples."""
@@ -462,10 +473,16 @@ class FedOFA(Strategy):
         return replace(training, learning_rate=training.learning_rate * factor)
 
 
-def _payload_order(item: Assignment) -> tuple[float, Any, str, Any]:
+def _payload_order(item: Assignment) -> tuple[float, Any, str, Any, str]:
     """Equal for those who get the same payload; the largest subnets come first."""
     teacher = item.teacher.choices if item.teacher is not None else ()
-    return -capacity(item.fit.cost), item.fit.subnet.choices, item.fit.plan.digest(), teacher
+    return (
+        -capacity(item.fit.cost),
+        item.fit.subnet.choices,
+        item.fit.plan.digest(),
+        teacher,
+        item.client.profile.engine,
+    )
 
 
 def _encoded(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -56,7 +56,7 @@ _BOOTSTRAP = (
 )
 # For every worker at once, even if the app imports them only when called; `torch.optim` imports the second one at its
 # first use: a second of CPU time and 70 MB, which every collection in the worker would then go through.
-_PRELOADED = ("torch", "torch._dynamo")
+_PRELOADED = ("torch", "torch._dynamo", "clients.torch_engine")
 
 
 @dataclass(frozen=True, slots=True)

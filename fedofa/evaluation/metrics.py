@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.engine import use_channels_last
 from fedofa.types.errors import DatasetError
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """Top-1 accuracy in [0, 1], mean cross-entropy in nats, and the number of examples behind both."""
-
-    accuracy: float
-    loss: float
-    num_examples: int
+from fedofa.types.score import Score
 
 
 @torch.no_grad()

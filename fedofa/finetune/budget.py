@@ -9,8 +9,8 @@ from torch import nn
 
 from fedofa.finetune.memory import TrainingMemory, training_memory
 from fedofa.finetune.plans import build_plan, choose_segments
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.sparse import Contributions
-from fedofa.finetune.trainer import LocalTraining
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError, InfeasibilityError

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fedofa.finetune.features import feature_bytes
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.types.plan import FineTunePlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h

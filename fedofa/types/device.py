@@ -9,6 +9,8 @@ from typing import Any
 
 from fedofa.types.errors import ConfigError
 
+ENGINES = ("torch", "onnxruntime")
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
@@ -20,6 +22,7 @@ class DeviceProfile:
         macs_per_second: sustained fp32 multiply-accumulates per second in training.
         uplink_bytes_per_second, downlink_bytes_per_second: sustained link rates.
         availability: probability, in (0, 1], that the device answers when a round begins.
+        engine: what trains on it, "torch" or "onnxruntime" (a compiled step, for boards without torch).
     """
 
     device_class: str
@@ -28,11 +31,15 @@ class DeviceProfile:
     uplink_bytes_per_second: float
     downlink_bytes_per_second: float
     availability: float = 1.0
+    engine: str = "torch"
 
     def __post_init__(self) -> None:
         if not isinstance(self.device_class, str):
             raise ConfigError(f"device profile, device_class: expected a name, found {self.device_class!r:.80}")
-        for item in fields(self)[1:]:
+        if not isinstance(self.engine, str) or self.engine not in ENGINES:
+            where = f"device class {self.device_class!r}, engine"
+            raise ConfigError(f"{where}: expected one of {list(ENGINES)}, found {self.engine!r:.80}")
+        for item in fields(self)[1:-1]:
             value = getattr(self, item.name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (number and 0 < value <= sys.float_info.max):
@@ -52,7 +59,7 @@ class DeviceProfile:
     def from_json(cls, value: Mapping[str, Any]) -> DeviceProfile:
         """The inverse of `to_json`; a `ConfigError` names what is missing or not known."""
         names = {item.name for item in fields(cls)}
-        unknown, missing = sorted(set(value) - names), sorted(names - set(value) - {"availability"})
+        unknown, missing = sorted(set(value) - names), sorted(names - set(value) - {"availability", "engine"})
         if unknown or missing:
             raise ConfigError(f"device profile: missing {missing}, unknown {unknown}; expected {sorted(names)}")
         return cls(**value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 """How parameters may travel."""
 
 _TASK, _DELTA, _STATISTICS = "task", "delta", "statistics"
-_WEIGHTS, _TEACHER, _TOTALS, _SQUARES = "weights", "teacher", "totals", "squares"
+_GRAPH, _WEIGHTS, _TEACHER, _TOTALS, _SQUARES = "graph", "weights", "teacher", "totals", "squares"
 _LEFT, _RIGHT = "left", "right"
+_MAX_GRAPH_BYTES = 64 << 20
 _TASK_TYPES = {"round": int, "version": int, "supernet": dict, "training": dict, "normalisation": dict, "seed": int}
 _DELTA_TYPES = {"client_id": str, "plan_digest": str, "round": int, "base_version": int, "num_examples": int,
                 "num_steps": int, "parametrised": bool}  # fmt: skip
@@ -59,6 +61,7 @@ class ClientTask:
         seed: of the run; with round and client id it seeds the client's draws.
         float_dtype: how the delta's values travel: "float32", "float16" or "bfloat16".
         teaching: a teacher beside the labels; None for the labels alone.
+        graph: a compiled step for clients without torch, whose tensors travel in the weights' place; None for others.
     """
 
     round: int
@@ -71,10 +74,11 @@ class ClientTask:
     seed: int
     float_dtype: str = "float32"
     teaching: Teaching | None = None
+    graph: bytes | None = None
 
 
 def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
-    """Pack a task and the subnet's tensors, which travel in the task's `float_dtype` too."""
+    """Pack a task and the subnet's or its graph's tensors, which travel in the task's `float_dtype` too."""
     header = {
         "round": task.round,
         "version": task.version,
@@ -87,6 +91,8 @@ def encode_task(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
         "float_dtype": task.float_dtype,
     }
     streams = {_WEIGHTS: tensors}
+    if task.graph is not None:
+        streams[_GRAPH] = {_GRAPH: np.frombuffer(zlib.compress(task.graph), np.uint8)}
     if (teaching := task.teaching) is not None:
         streams[_TEACHER] = teaching.tensors
         weights = {"label_weight": teaching.label_weight, "teacher_weight": teaching.teacher_weight}
@@ -107,6 +113,7 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
         header["plan"] = FineTunePlan.from_json(header["plan"])
         if header.get("teaching") is not None:
             header["teaching"] = _teaching(header["teaching"], packed.streams[_TEACHER])
+        header["graph"] = _inflated(packed.streams[_GRAPH][_GRAPH]) if _GRAPH in packed.streams else None
         task = ClientTask(**header)
         _check_types("task", task, _TASK_TYPES)
         if task.float_dtype not in FLOAT_DTYPES:
@@ -116,6 +123,17 @@ def decode_task(buffer: bytes | memoryview) -> tuple[ClientTask, Mapping[str, np
         raise WireError(
             f"the task's header is not understood: {error}; do server and client run the same release?"
         ) from error
+
+
+def _inflated(packed: np.ndarray) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        graph = inflater.decompress(packed.tobytes(), _MAX_GRAPH_BYTES)
+    except zlib.error as error:
+        raise WireError(f"its graph is damaged: {error}") from error
+    if not inflater.eof:
+        raise WireError(f"its graph is cut off or has more than {_MAX_GRAPH_BYTES} bytes")
+    return graph
 
 
 def _teaching(value: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Teaching:

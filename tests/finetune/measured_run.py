@@ -15,7 +15,8 @@ import torch
 from fedofa.finetune.budget import plan_for_budget
 from fedofa.finetune.memory import tune_allocator
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.types.errors import InfeasibilityError

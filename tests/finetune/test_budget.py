@@ -13,7 +13,7 @@ from cohorts import build_supernet
 from fedofa.finetune.budget import plan_for_budget
 from fedofa.finetune.memory import LiveBytes, training_memory
 from fedofa.finetune.plans import build_plan, choose_segments
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.types.errors import ConfigError, InfeasibilityError
 
 SUPERNET = build_supernet(norm="group")

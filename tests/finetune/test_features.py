@@ -13,7 +13,8 @@ from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of, feature_bytes
 from fedofa.finetune.memory import training_memory
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 

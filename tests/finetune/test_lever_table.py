@@ -10,7 +10,8 @@ from cohorts import build_supernet
 from torch.nn import functional
 
 from fedofa.finetune.plans import build_plan, choose_segments
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import LEVERS
 

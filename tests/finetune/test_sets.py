@@ -11,7 +11,8 @@ from fedofa.finetune.budget import plan_for_budget
 from fedofa.finetune.engine import planned
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.probing import measure_contributions
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.types.errors import ConfigError

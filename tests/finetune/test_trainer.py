@@ -10,7 +10,8 @@ from cohorts import build_supernet
 from torch.nn import functional
 
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import FineTuneResult, LocalTraining, fine_tune, shifted
+from fedofa.finetune.recipe import FineTuneResult, LocalTraining
+from fedofa.finetune.trainer import fine_tune, shifted
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet

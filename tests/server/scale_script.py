@@ -17,7 +17,7 @@ from fedofa.aggregation.server_optimisers import Momentum
 from fedofa.data.federation import Examples
 from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import FitSearch
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from server.checkpoint import CheckpointStore

@@ -14,7 +14,7 @@ from fedofa.device.cost import AnalyticCostModel, forward_bytes
 from fedofa.evaluation.calibration import apply_sums, calibrate, statistic_sums
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import FitSearch
 from fedofa.supernet.base import fill_skeleton
 from fedofa.types.device import DeviceProfile

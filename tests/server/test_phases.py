@@ -8,7 +8,7 @@ import torch
 
 from fedofa.device.cost import AnalyticCostModel
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import Budgets, FitSearch
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec

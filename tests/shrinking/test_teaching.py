@@ -7,7 +7,8 @@ from cohorts import build_supernet
 from torch.nn import functional
 
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.shrinking.losses import soft_cross_entropy
 from fedofa.shrinking.schedule import TeacherLoss
 from fedofa.shrinking.teaching import taught_objective, teacher_logits

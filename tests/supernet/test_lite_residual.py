@@ -16,7 +16,8 @@ from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex
 from fedofa.finetune.engine import planned
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining, fine_tune
+from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.families import build_supernet as build_described

@@ -21,6 +21,16 @@ def test_availability_may_be_left_out():
     assert DeviceProfile.from_json(value).availability == 1.0
 
 
+def test_the_engine_is_torch_where_none_is_stated_and_one_of_two():
+    value = PROFILE.to_json()
+    del value["engine"]
+    assert DeviceProfile.from_json(value).engine == "torch"
+    assert DeviceProfile.from_json({**value, "engine": "onnxruntime"}).engine == "onnxruntime"
+    for bad in ("tensorflow", None, ["torch"]):
+        with pytest.raises(ConfigError, match=r"'phone', engine: expected one of \['torch', 'onnxruntime'\], found"):
+            DeviceProfile.from_json({**value, "engine": bad})
+
+
 @pytest.mark.parametrize("name", RATES)
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), "1", None])
 def test_every_number_must_be_positive_and_finite(name, bad):

@@ -1,5 +1,6 @@
 """Tasks and deltas over the wire: round trips in every float dtype, and hostile headers."""
 
+import zlib
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.types.delta import LowRank
 from fedofa.types.errors import WireError
 from fedofa.types.plan import FineTunePlan
@@ -86,6 +87,30 @@ def test_a_teacher_travels_with_its_task():
         decode_task(encode_packed("task", header, {"weights": TENSORS, "teacher": tensors}))
 
 
+def test_a_graph_travels_with_its_task_in_few_bytes():
+    graph = b"node " * 4000
+    buffer = encode_task(replace(TASK, graph=graph), TENSORS)
+    assert len(buffer) < len(encode_task(TASK, TENSORS)) + 1000
+    found, tensors = decode_task(buffer)
+    assert (found.graph, set(tensors)) == (graph, set(TENSORS))
+    assert decode_task(encode_task(TASK, TENSORS))[0].graph is None
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        (b"no zlib", "its graph is damaged"),
+        (zlib.compress(b"node " * 9)[:-3], "its graph is cut off"),
+        (zlib.compress(bytes((64 << 20) + 1)), "has more than 67108864 bytes"),
+    ],
+    ids=["damaged", "cut off", "too large"],
+)
+def test_a_hostile_graph_is_refused(packed, message):
+    streams = {"weights": {}, "graph": {"graph": np.frombuffer(packed, np.uint8)}}
+    with pytest.raises(WireError, match=message):
+        decode_task(encode_packed("task", TASK_HEADER, streams))
+
+
 @pytest.mark.parametrize("float_dtype", FLOAT_DTYPES)
 def test_a_delta_round_trips(float_dtype):
     found = decode_delta(encode_delta(DELTA, float_dtype=float_dtype))
@@ -121,7 +146,7 @@ def test_a_delta_header_without_a_field_is_refused(missing):
         decode_delta(encode_packed("delta", header, {}))
 
 
-@pytest.mark.parametrize("missing", sorted(set(TASK_HEADER) - {"float_dtype", "teaching"}))
+@pytest.mark.parametrize("missing", sorted(set(TASK_HEADER) - {"float_dtype", "teaching", "graph"}))
 def test_a_task_header_without_a_field_is_refused(missing):
     header = {name: value for name, value in TASK_HEADER.items() if name != missing}
     with pytest.raises(WireError, match=rf"header is not understood: .*{missing}.*same release"):
