@@ -12,8 +12,8 @@ from cohorts import build_supernet
 from fedofa.finetune.engine import planned
 from fedofa.finetune.memory import LiveBytes
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.recompute import recomputed
 from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.recompute import recomputed
 from fedofa.finetune.trainer import fine_tune
 from fedofa.types.errors import ConfigError
 
@@ -143,8 +143,8 @@ def test_dropout_drops_the_same_values_when_a_segment_runs_again():
 
 def test_training_with_sgd_and_checkpoints_does_not_import_torchs_compiler():
     code = (
-        "import sys, torch; from fedofa.finetune.recipe import LocalTraining
-from fedofa.finetune.trainer import fine_tune; "
+        "import sys, torch; from fedofa.finetune.recipe import LocalTraining; "
+        "from fedofa.finetune.trainer import fine_tune; "
         "from fedofa.types.plan import FineTunePlan; "
         "model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten()); "
         "received = {name: item.detach().numpy().copy() for name, item in model.named_parameters()}; "
