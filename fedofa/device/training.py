@@ -65,7 +65,8 @@ class PlannedPlaces:
         packed = np.ascontiguousarray(np.packbits(present, axis=1))
         codes = packed.view(f"V{packed.shape[1]}").ravel()  # one value a pattern
         _, first, member = np.unique(codes, return_index=True, return_inverse=True)
-        slot = np.array([self._slot(present[row], batch.rows[row]) for row in first])[member.ravel()]
+        slots = [self._slot(present[row], batch.rows[row]) for row in first]
+        slot = np.array(slots, np.int64)[member.ravel()]
         places = np.arange(len(self.index.places))
         trained = np.where(present, self._trained[slot[:, None], places, batch.operators], 0)
         backward = present & (np.cumsum(trained, axis=1) > 0)

@@ -181,7 +181,7 @@ def test_without_a_table_a_forward_pass_takes_its_macs_at_the_stated_rate(archiv
 
 def test_limits_that_all_devices_share_hold_and_are_named(archive, predictor):
     model = BytesUp(PLAIN.costs.plans)
-    low, high = model.predict(ENDS)
+    low = float(model.predict(ENDS)[0])
     limited = way(limits=[Limit(model, 1.3 * low)])
     (choice,) = FleetSearch(archive, predictor, [[limited]]).assign([Demand(profile(), WORK, 1e12)])
     assert model.predict(SubnetBatch(INDEX, choice.row[None]))[0] <= 1.3 * low
