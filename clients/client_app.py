@@ -9,6 +9,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from clients.device import answer_probe, device_checksum, read_device
 from clients.local import local_client
 from clients.records import facts_content, metrics_content, packed_buffer, packed_content
 from clients.state import load_client_state, save_client_state
@@ -22,7 +23,7 @@ from fedofa.shrinking.schedule import TeacherLoss
 from fedofa.shrinking.teaching import taught_objective, teacher_logits
 from fedofa.supernet.base import Supernet
 from fedofa.types.delta import SubnetDelta
-from fedofa.types.errors import DatasetError
+from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.statistics import SubnetStatistics
 from fedofa.update.exchange import ClientTask, decode_task, encode_delta, encode_statistics
@@ -33,13 +34,14 @@ _subnets = SubnetCache()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """State the client's id, device and data size."""
+    """State the client's id, device and data size, and which file says more of the device."""
     client = local_client(context)
     facts = {
         "client_id": client.client_id,
         "profile": client.profile.to_json(),
         "num_train": len(client.data.train.labels),
         "num_test": len(client.data.test.labels),
+        "device": device_checksum(read_device(client.device)) if client.device else "",
     }
     return Message(facts_content(facts), reply_to=message)
 
@@ -105,6 +107,21 @@ def calibrate(message: Message, context: Context) -> Message:
         sums=statistic_sums(model, (inputs[start:end] for start, end in bounds)),
     )
     return Message(packed_content(encode_statistics(statistics)), reply_to=message)
+
+
+@app.query("device")
+def device(message: Message, context: Context) -> Message:
+    """Send what was measured on the client's device."""
+    client = local_client(context)
+    if client.device is None:
+        raise ConfigError(f"client {client.client_id!r} has no device profile; give its node one, or its class")
+    return Message(packed_content(read_device(client.device)), reply_to=message)
+
+
+@app.query("link")
+def link(message: Message, context: Context) -> Message:
+    """Send as many bytes as are asked for, so that the server can measure the link."""
+    return Message(packed_content(answer_probe(packed_buffer(message))), reply_to=message)
 
 
 def seed_task(seed: int, client_id: str, round_number: int) -> torch.Generator:

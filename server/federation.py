@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,9 @@ from fedofa.supernet.pretrained import start_from
 from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
+from server.assignment import FleetAssigner, build_assigner
 from server.checkpoint import CheckpointStore
+from server.devices import DeviceFolder
 from server.phases import FederatedShrinking
 from server.planning import Planner
 from server.progress import say
@@ -67,6 +70,7 @@ class Parts:
     optimiser: ServerOptimiser
     scorer: Scorer
     schedule: ShrinkSchedule | None = None
+    assigner: FleetAssigner | None = None
 
     def strategy(self, output_dir: Path, *, uniform: bool = False) -> FedOFA:
         """A strategy at round 0, which keeps its checkpoints and diary in `output_dir`."""
@@ -86,7 +90,8 @@ class Parts:
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
             uniform=uniform,
         )
-        planner = Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
+        rules = (self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
+        planner = Planner(*rules, assigner=self.assigner)
         return FedOFA(
             supernet=self.supernet,
             state=self.supernet.state(),
@@ -96,9 +101,17 @@ class Parts:
             settings=settings,
             checkpoints=CheckpointStore(output_dir / "checkpoints"),
             log=RoundLog(output_dir / "rounds.jsonl"),
+            devices=self.devices(Path(conf.output_dir).resolve()),
             run=run_identity(conf, uniform=uniform),
             shrinking=None if uniform or self.schedule is None else self.shrinking(self.schedule, planner),
         )
+
+    def devices(self, output_dir: Path) -> DeviceFolder | None:
+        """What keeps the clients' devices, where subnets are assigned by them; runs of one folder share it."""
+        if self.assigner is None:
+            return None
+        probe_bytes = self.conf.assignment.link_probe_bytes
+        return DeviceFolder(output_dir / "devices", self.assigner.search.index, probe_bytes)
 
     def shrinking(self, schedule: ShrinkSchedule, planner: Planner) -> FederatedShrinking:
         """What deals a schedule's subnets to the fleet.
@@ -135,10 +148,22 @@ def build_parts(conf: SimulateConf) -> Parts:
     normalisation = supernet.normalisation or own
     by_clients = conf.evaluation.calibration == "clients"
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by_clients=by_clients)
-    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, _schedule(conf, supernet, data))
+    schedule = _schedule(conf, supernet, data)
+    assigner = _assigner(conf, supernet, plans)
+    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner)
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
     return parts
+
+
+def _assigner(conf: SimulateConf, supernet: Supernet, plans: Sequence[Sequence[PlanOf]]) -> FleetAssigner | None:
+    """What assigns subnets by search, None for the rule."""
+    if conf.assignment.by == "search" and conf.shrinking.schedule != "none":
+        raise ConfigError("assignment.by=search: a shrinking schedule deals the subnets itself; give shrinking=none")
+    wire_bytes = 4 if conf.aggregation.float_dtype == "float32" else 2
+    return build_assigner(
+        conf.assignment, supernet, plans, micro_batch=conf.finetune.micro_batch, wire_bytes=wire_bytes
+    )
 
 
 def _schedule(conf: SimulateConf, supernet: Supernet, data: FederatedData) -> ShrinkSchedule | None:
@@ -215,6 +240,11 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings["calibration"] = conf.evaluation.calibration  # statistics are part of what clients train with
     for name in _PATIENCE:
         settings["fleet"].pop(name)
+    if conf.assignment.by == "rule":
+        settings.pop("assignment")
+    elif conf.assignment.predictor:
+        content = Path(conf.assignment.predictor).read_bytes()
+        settings["assignment"]["predictor"] = hashlib.sha256(content).hexdigest()[:16]
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
     settings["uniform"] = uniform

@@ -29,6 +29,7 @@ from fedofa.update.exchange import ClientTask, Teaching, decode_delta, encode_ta
 from fedofa.update.verification import Expectation, verify_delta
 from server.calibration import FleetCalibration
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
+from server.devices import DeviceFolder
 from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
 from server.introductions import enrolled
 from server.phases import Cohort, FederatedShrinking
@@ -96,6 +97,7 @@ class FedOFA(Strategy):
         run: what identifies the run; a checkpoint of another run is refused.
         observers: told of the plan and of every round.
         shrinking: decides instead of the planner, by a schedule; None for ordinary fine-tuning.
+        devices: what keeps the clients' devices, where subnets are assigned by them; else None.
     """
 
     supernet: Supernet
@@ -109,6 +111,7 @@ class FedOFA(Strategy):
     run: Mapping[str, Any]
     observers: list[Observer] = field(default_factory=list)
     shrinking: FederatedShrinking | None = None
+    devices: DeviceFolder | None = None
 
     plan: FleetPlan = field(init=False)
     totals: Totals = field(init=False, default_factory=Totals)
@@ -139,6 +142,8 @@ class FedOFA(Strategy):
         result = Result()
         if not self._is_prepared:
             self.prepare(grid)
+        if self.devices is not None:
+            self.devices.save()
         self.summary()
         lost = 0
         for server_round in range(self.done + 1, num_rounds + 1):
@@ -179,6 +184,11 @@ class FedOFA(Strategy):
         nodes = await_nodes(grid, self.settings.num_clients, self.settings.join_seconds)
         questions = (Message(RecordDict(), node, MessageType.QUERY) for node in nodes)
         clients, refused = enrolled(self._exchange(grid, questions))
+        if self.devices is not None and self.planner.assigner is not None:
+            one_by_one = partial(stream_replies, grid, max_in_flight=1, reply_seconds=self.settings.reply_seconds)
+            clients, unfit, latencies = self.devices.collect(clients, partial(self._exchange, grid), one_by_one)
+            refused |= unfit
+            self.planner.assigner.latencies |= latencies
         missing = self.settings.num_clients - len(nodes)
         if missing > 0:
             refused[f"{missing} of {self.settings.num_clients} clients"] = (
