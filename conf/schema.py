@@ -476,7 +476,7 @@ class SearchConf:
 class PredictorConf:
     """Everything that `fedofa predictor` needs."""
 
-    pairs: str = MISSING  # JSON lines, {"subnet": {...}, "accuracy": 0.93}, or the folder of a run of shrink
+    pairs: str = MISSING  # JSON lines, {"subnet": {...}, "accuracy": 0.93}, or the folder of a run
     output: str = MISSING
     kind: str = MISSING  # "mlp" | "ridge"
     held_out_fraction: float = MISSING

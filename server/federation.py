@@ -88,6 +88,7 @@ class Parts:
             round_attempts=conf.fleet.round_attempts,
             max_lost_rounds=conf.fleet.max_lost_rounds,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
+            pairs_per_round=0 if uniform else conf.evaluation.pairs_per_round,
             uniform=uniform,
         )
         rules = (self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
@@ -311,8 +312,9 @@ def _check(conf: SimulateConf) -> None:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if not conf.fleet.join_seconds >= 0:
         raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
-    if conf.seed < 0:
-        raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
+    for name, value in (("seed", conf.seed), ("evaluation.pairs_per_round", conf.evaluation.pairs_per_round)):
+        if value < 0:
+            raise ConfigError(f"{name}: expected a number of at least 0, found {value}")
     if conf.fleet.clients_per_round > MAX_DELTAS:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most {MAX_DELTAS}, found {conf.fleet.clients_per_round}"
