@@ -312,9 +312,12 @@ def _check(conf: SimulateConf) -> None:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if not conf.fleet.join_seconds >= 0:
         raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
-    for name, value in (("seed", conf.seed), ("evaluation.pairs_per_round", conf.evaluation.pairs_per_round)):
-        if value < 0:
-            raise ConfigError(f"{name}: expected a number of at least 0, found {value}")
+    counted = {"seed": conf.seed, "evaluation.pairs_per_round": conf.evaluation.pairs_per_round}
+    negative = [
+        f"{name}: expected a number of at least 0, found {value}" for name, value in counted.items() if value < 0
+    ]
+    if negative:
+        raise ConfigError(negative[0])
     if conf.fleet.clients_per_round > MAX_DELTAS:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most {MAX_DELTAS}, found {conf.fleet.clients_per_round}"
