@@ -95,7 +95,7 @@ def _levelled(pairs: Sequence[tuple[SubnetConfig, float, int]]) -> Iterator[tupl
     means = {number: sum(found) / len(found) for number, found in by_round.items()}
     last = means[max(means)] if means else 0.0
     for subnet, accuracy, number in pairs:
-        yield subnet, accuracy - means[number] + last
+        yield subnet, accuracy + (last - means[number])
 
 
 def _watched(row: Mapping[str, Any], space: SearchSpace) -> SubnetConfig:
