@@ -10,12 +10,13 @@ import time
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from clients.device import answer_probe, device_checksum, read_device
 from clients.engines import load_engine
 from clients.local import local_client
 from clients.records import facts_content, metrics_content, packed_buffer, packed_content
 from clients.state import load_client_state, save_client_state
 from fedofa.types.delta import SubnetDelta
-from fedofa.types.errors import DatasetError
+from fedofa.types.errors import ConfigError, DatasetError
 from fedofa.types.statistics import SubnetStatistics
 from fedofa.update.exchange import decode_task, encode_delta, encode_statistics
 
@@ -24,13 +25,14 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """State the client's id, device and data size."""
+    """State the client's id, device and data size, and which file says more of the device."""
     client = local_client(context)
     facts = {
         "client_id": client.client_id,
         "profile": client.profile.to_json(),
         "num_train": len(client.data.train.labels),
         "num_test": len(client.data.test.labels),
+        "device": device_checksum(read_device(client.device)) if client.device else "",
     }
     return Message(facts_content(facts), reply_to=message)
 
@@ -86,3 +88,18 @@ def calibrate(message: Message, context: Context) -> Message:
         sums=load_engine(client.profile.engine).statistics(client.data.train, task, received),
     )
     return Message(packed_content(encode_statistics(statistics)), reply_to=message)
+
+
+@app.query("device")
+def device(message: Message, context: Context) -> Message:
+    """Send what was measured on the client's device."""
+    client = local_client(context)
+    if client.device is None:
+        raise ConfigError(f"client {client.client_id!r} has no device profile; give its node one, or its class")
+    return Message(packed_content(read_device(client.device)), reply_to=message)
+
+
+@app.query("link")
+def link(message: Message, context: Context) -> Message:
+    """Send as many bytes as are asked for, so that the server can measure the link."""
+    return Message(packed_content(answer_probe(packed_buffer(message))), reply_to=message)

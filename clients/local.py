@@ -10,10 +10,11 @@ import numpy as np
 from flwr.app import Context
 
 from conf.compose import load_conf
-from conf.schema import DataConf, SimulateConf
+from conf.schema import DataConf, DeviceClassConf, SimulateConf
 from fedofa.data.federation import ClientData, FederatedData, load_federation
 from fedofa.data.partition import PartitionSpec
 from fedofa.device.fleet import assign_profiles
+from fedofa.device.profile import check_machine, load_device
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError
 
@@ -28,6 +29,7 @@ class LocalClient:
     client_id: str
     profile: DeviceProfile
     data: ClientData
+    device: Path | None = None  # the file that was measured on it, or on one of its kind
 
 
 def client_id(partition: int) -> str:
@@ -36,24 +38,41 @@ def client_id(partition: int) -> str:
 
 
 def local_client(context: Context) -> LocalClient:
-    """The client of a simulated federation that this node is, by the node's `partition-id`."""
+    """The client of a simulated federation that this node is, by the node's `partition-id`.
+
+    A node that states a `device`, a file that `fedofa profile` wrote on this machine, is that device; others are
+    devices of the fleet's classes.
+
+    Raises:
+        ConfigError: when the node config is not understood.
+        ProfileError: when the device's file is damaged, or of another machine.
+    """
     partition = context.node_config.get("partition-id")
     if not isinstance(partition, int):
         raise ConfigError(
             f"node config: expected an integer 'partition-id', found {partition!r}; start the node with "
             '--node-config "partition-id=0 num-partitions=1"'
         )
-    data, profiles = _simulation(tuple(sorted(context.run_config.items())))
+    data, profiles, classes = _simulation(tuple(sorted(context.run_config.items())))
     if partition >= len(profiles):
         raise ConfigError(f"partition-id {partition} is beyond the fleet of {len(profiles)} clients")
-    return LocalClient(client_id(partition), profiles[partition], data.client(partition))
+    name, own = client_id(partition), context.node_config.get("device")
+    if own:
+        device = load_device(Path(str(own)))
+        check_machine(device.machine, str(own))
+        return LocalClient(name, device.profile, data.client(partition), Path(str(own)))
+    profile = profiles[partition]
+    path = classes[profile.device_class].device
+    return LocalClient(name, profile, data.client(partition), Path(path).expanduser() if path else None)
 
 
 @lru_cache(maxsize=2)
-def _simulation(run_config: tuple[tuple[str, object], ...]) -> tuple[FederatedData, tuple[DeviceProfile, ...]]:
-    """The data and the fleet of a run; a process reads its settings once."""
+def _simulation(
+    run_config: tuple[tuple[str, object], ...],
+) -> tuple[FederatedData, tuple[DeviceProfile, ...], dict[str, DeviceClassConf]]:
+    """The data, the fleet and its classes of a run; a process reads its settings once."""
     conf = load_conf(dict(run_config))
-    return federation(conf), fleet_profiles(conf)
+    return federation(conf), fleet_profiles(conf), conf.fleet.classes
 
 
 def federation(conf: SimulateConf) -> FederatedData:
@@ -79,7 +98,7 @@ def fleet_profiles(conf: SimulateConf) -> tuple[DeviceProfile, ...]:
     """Every simulated client's device, by partition."""
     classes = {}
     for name, item in conf.fleet.classes.items():
-        budgets = {key: value for key, value in asdict(item).items() if key != "share"}
+        budgets = {key: value for key, value in asdict(item).items() if key not in ("share", "device")}
         classes[name] = (item.share, DeviceProfile(name, **budgets))
     rng = np.random.default_rng([conf.seed, _FLEET_STREAM])
     return tuple(assign_profiles(classes, conf.fleet.num_clients, rng))

@@ -76,6 +76,7 @@ class DeviceClassConf:
     downlink_bytes_per_second: float = MISSING
     availability: float = 1.0
     engine: str = "torch"  # what trains on it: "torch" | "onnxruntime"
+    device: str | None = None  # a file of fedofa profile, or a latency table, that stands for what was measured there
 
 
 @dataclass
@@ -281,7 +282,47 @@ class EvaluationConf:
     every: int = MISSING  # rounds between evaluations; the last round is always evaluated
     clients: bool = MISSING  # score every client's own test split at the end, on the client
     calibration: str = MISSING  # whose images give batch-norm statistics: "server" | "clients"
+    pairs_per_round: int = MISSING  # random subnets that the cohort scores on its own test splits; for a predictor
     comparison: bool = MISSING  # run FedAvg on the one subnet that the weakest device can train, beside it
+
+
+@dataclass
+class ChipConf:
+    """An accelerator's energy table (see fedofa.device.energy)."""
+
+    name: str = MISSING
+    source: str = MISSING
+    mac_joules: float = MISSING
+    register_file: float = MISSING
+    array: float = MISSING
+    buffer: float = MISSING
+    dram: float = MISSING
+    buffer_bytes: float = MISSING
+    array_rows: int = MISSING
+    array_columns: int = MISSING
+    weight_bits: int = MISSING
+    activation_bits: int = MISSING
+    weight_sparsity: float = MISSING
+    activation_sparsity: float = MISSING
+
+
+@dataclass
+class AssignmentConf:
+    """How the server chooses each client's subnet (see docs/search.md); limits are null where there are none."""
+
+    by: str = MISSING  # "rule": most MACs and parameters that memory and time allow | "search": best accuracy predicted
+    predictor: str | None = None  # of "search", as all below: a file of fedofa predictor; null: the zero-cost proxy
+    archive_devices: int = MISSING  # made-up devices for which good subnets are found in advance
+    link_probe_bytes: int = MISSING  # of two messages that measure each client's link when it joins; 0: as stated
+    latency_ms: float | None = None  # of a forward pass of one example, on every device
+    inference_memory_mb: float | None = None
+    sram_kb: float | None = None
+    energy_mj: float | None = None  # on `chip`
+    bytes_up: float | None = None  # of one round
+    bytes_down: float | None = None
+    macs: float | None = None
+    parameters: float | None = None
+    chip: ChipConf = MISSING
 
 
 @dataclass
@@ -337,6 +378,7 @@ class SimulateConf:
     aggregation: AggregationConf = MISSING
     shrinking: ScheduleConf = MISSING  # a schedule that says who trains what instead of the devices alone
     runtime: RuntimeConf = MISSING
+    assignment: AssignmentConf = MISSING
     evaluation: EvaluationConf = MISSING
     tracking: TrackingConf = MISSING
 
@@ -401,26 +443,6 @@ class ProfileConf:
 
 
 @dataclass
-class ChipConf:
-    """An accelerator's energy table (see fedofa.device.energy)."""
-
-    name: str = MISSING
-    source: str = MISSING
-    mac_joules: float = MISSING
-    register_file: float = MISSING
-    array: float = MISSING
-    buffer: float = MISSING
-    dram: float = MISSING
-    buffer_bytes: float = MISSING
-    array_rows: int = MISSING
-    array_columns: int = MISSING
-    weight_bits: int = MISSING
-    activation_bits: int = MISSING
-    weight_sparsity: float = MISSING
-    activation_sparsity: float = MISSING
-
-
-@dataclass
 class SearchConf:
     """Everything that `fedofa search` needs; limits are null where there are none."""
 
@@ -459,7 +481,7 @@ class SearchConf:
 class PredictorConf:
     """Everything that `fedofa predictor` needs."""
 
-    pairs: str = MISSING  # JSON lines, {"subnet": {...}, "accuracy": 0.93}, or the folder of a run of shrink
+    pairs: str = MISSING  # JSON lines, {"subnet": {...}, "accuracy": 0.93}, or the folder of a run
     output: str = MISSING
     kind: str = MISSING  # "mlp" | "ridge"
     held_out_fraction: float = MISSING

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,10 @@ from fedofa.supernet.pretrained import start_from
 from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
+from server.assignment import FleetAssigner, build_assigner
 from server.checkpoint import CheckpointStore
 from server.compiled import unfit_engines
+from server.devices import DeviceFolder
 from server.phases import FederatedShrinking
 from server.planning import Planner
 from server.progress import say
@@ -70,6 +73,7 @@ class Parts:
     optimiser: ServerOptimiser
     scorer: Scorer
     schedule: ShrinkSchedule | None = None
+    assigner: FleetAssigner | None = None
 
     def strategy(self, output_dir: Path, *, uniform: bool = False) -> FedOFA:
         """A strategy at round 0, which keeps its checkpoints and diary in `output_dir`."""
@@ -88,9 +92,11 @@ class Parts:
             max_lost_rounds=conf.fleet.max_lost_rounds,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
             unfit_engines=unfit_engines(self.supernet, conf.finetune.statistics, conf.shrinking.schedule),
+            pairs_per_round=0 if uniform else conf.evaluation.pairs_per_round,
             uniform=uniform,
         )
-        planner = Planner(self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
+        rules = (self.search, self.training, conf.fleet.round_seconds, conf.aggregation.float_dtype)
+        planner = Planner(*rules, assigner=self.assigner)
         return FedOFA(
             supernet=self.supernet,
             state=self.supernet.state(),
@@ -100,9 +106,17 @@ class Parts:
             settings=settings,
             checkpoints=CheckpointStore(output_dir / "checkpoints"),
             log=RoundLog(output_dir / "rounds.jsonl"),
+            devices=self.devices(Path(conf.output_dir).resolve()),
             run=run_identity(conf, uniform=uniform),
             shrinking=None if uniform or self.schedule is None else self.shrinking(self.schedule, planner),
         )
+
+    def devices(self, output_dir: Path) -> DeviceFolder | None:
+        """What keeps the clients' devices, where subnets are assigned by them; runs of one folder share it."""
+        if self.assigner is None:
+            return None
+        probe_bytes = self.conf.assignment.link_probe_bytes
+        return DeviceFolder(output_dir / "devices", self.assigner.search.index, probe_bytes)
 
     def shrinking(self, schedule: ShrinkSchedule, planner: Planner) -> FederatedShrinking:
         """What deals a schedule's subnets to the fleet.
@@ -140,10 +154,22 @@ def build_parts(conf: SimulateConf) -> Parts:
     for plan_of in itertools.chain.from_iterable(plans):
         plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
     search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
-    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, _schedule(conf, supernet, data))
+    schedule = _schedule(conf, supernet, data)
+    assigner = _assigner(conf, supernet, plans)
+    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner)
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
     return parts
+
+
+def _assigner(conf: SimulateConf, supernet: Supernet, plans: Sequence[Sequence[PlanOf]]) -> FleetAssigner | None:
+    """What assigns subnets by search, None for the rule."""
+    if conf.assignment.by == "search" and conf.shrinking.schedule != "none":
+        raise ConfigError("assignment.by=search: a shrinking schedule deals the subnets itself; give shrinking=none")
+    wire_bytes = 4 if conf.aggregation.float_dtype == "float32" else 2
+    return build_assigner(
+        conf.assignment, supernet, plans, micro_batch=conf.finetune.micro_batch, wire_bytes=wire_bytes
+    )
 
 
 def _schedule(conf: SimulateConf, supernet: Supernet, data: FederatedData) -> ShrinkSchedule | None:
@@ -220,6 +246,11 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings["calibration"] = conf.evaluation.calibration  # statistics are part of what clients train with
     for name in _PATIENCE:
         settings["fleet"].pop(name)
+    if conf.assignment.by == "rule":
+        settings.pop("assignment")
+    elif conf.assignment.predictor:
+        content = Path(conf.assignment.predictor).read_bytes()
+        settings["assignment"]["predictor"] = hashlib.sha256(content).hexdigest()[:16]
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
     settings["uniform"] = uniform
@@ -290,8 +321,12 @@ def _check(conf: SimulateConf) -> None:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if not conf.fleet.join_seconds >= 0:
         raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
-    if conf.seed < 0:
-        raise ConfigError(f"seed: expected a number of at least 0, found {conf.seed}")
+    counted = {"seed": conf.seed, "evaluation.pairs_per_round": conf.evaluation.pairs_per_round}
+    negative = [
+        f"{name}: expected a number of at least 0, found {value}" for name, value in counted.items() if value < 0
+    ]
+    if negative:
+        raise ConfigError(negative[0])
     if conf.fleet.clients_per_round > MAX_DELTAS:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most {MAX_DELTAS}, found {conf.fleet.clients_per_round}"

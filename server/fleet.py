@@ -29,6 +29,7 @@ class ClientInfo:
     profile: DeviceProfile
     num_train: int
     num_test: int
+    device: str = ""  # checksum of the file that says what was measured on it; "" where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,16 @@ class FleetPlan:
     def digest(self) -> str:
         """16 hex digits over the clients that take part: ids, devices and data sizes; not over nodes."""
         clients = [self.assignments[name].client for name in sorted(self.assignments)]
-        rows = [[item.client_id, item.profile.to_json(), item.num_train, item.num_test] for item in clients]
+        rows = [
+            [
+                item.client_id,
+                item.profile.to_json(),
+                item.num_train,
+                item.num_test,
+                *([item.device] * bool(item.device)),
+            ]
+            for item in clients
+        ]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def without(self, clients: Collection[str]) -> FleetPlan:

@@ -15,6 +15,7 @@ from server.fleet import ClientInfo, distinct_clients
 MAX_EXAMPLES = 10**7
 """Examples that a client may state; those for training are its weight in the fold."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,63}")
+_CHECKSUM = re.compile(r"([0-9a-f]{32})?")
 _RESERVED = ("largest", "smallest", "uniform")
 """Names of watched subnets, which no device class may take."""
 
@@ -46,6 +47,7 @@ def client_info(answer: Message) -> ClientInfo:
         facts = message_facts(answer)
         profile = DeviceProfile.from_json(facts["profile"])
         client_id, sizes = facts["client_id"], (facts["num_train"], facts["num_test"])
+        device = facts.get("device", "")
     except (WireError, ConfigError, KeyError, TypeError) as error:
         raise DeltaError(f"its introduction is not understood: {error}") from error
     for name in (client_id, profile.device_class):
@@ -54,4 +56,6 @@ def client_info(answer: Message) -> ClientInfo:
     for size, least in zip(sizes, (1, 0), strict=True):
         if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= MAX_EXAMPLES:
             raise DeltaError(f"states {size!r:.80} examples; expected {least} to {MAX_EXAMPLES:,}")
-    return ClientInfo(answer.metadata.src_node_id, client_id, profile, *sizes)
+    if not isinstance(device, str) or not _CHECKSUM.fullmatch(device):
+        raise DeltaError(f"{device!r:.80} is not a checksum of a device profile")
+    return ClientInfo(answer.metadata.src_node_id, client_id, profile, *sizes, device)

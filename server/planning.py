@@ -13,6 +13,7 @@ from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
+from server.assignment import FleetAssigner
 from server.fleet import ClientInfo, FleetPlan, plan_fleet, plan_uniform
 
 
@@ -25,12 +26,14 @@ class Planner:
         training: the clients' recipe, which says how much work a round is.
         round_seconds: a device's budget for download, training and upload.
         float_dtype: of weights on the wire.
+        assigner: chooses subnets by search; None for the search's own rule.
     """
 
     search: FitSearch
     training: LocalTraining
     round_seconds: float
     float_dtype: str
+    assigner: FleetAssigner | None = None
 
     def plan(self, clients: Sequence[ClientInfo], refused: Mapping[str, str], *, uniform: bool) -> FleetPlan:
         """The assignments of all clients, and who sits out and why; `refused` sit out already.
@@ -41,7 +44,10 @@ class Planner:
         Raises:
             ConfigError: when no client can train anything.
         """
-        plan = plan_fleet(clients, self.search, self.work, self.round_seconds)
+        if self.assigner is not None:
+            plan = self.assigner.plan(clients, self.work, self.round_seconds)
+        else:
+            plan = plan_fleet(clients, self.search, self.work, self.round_seconds)
         plan = replace(plan, sitting_out={**refused, **plan.sitting_out})
         if not plan.assignments:
             raise ConfigError(f"no client can train any subnet: {next(iter(plan.sitting_out.values()))}")

@@ -57,6 +57,7 @@ class RoundRecord:
         scores: named subnets on the global test set, where evaluated.
         phase: of the shrinking schedule; "" without one.
         calibration_failures: client id -> why its statistics do not count.
+        pair_failures: client id -> why its accuracy of some random subnet does not count.
     """
 
     round: int
@@ -70,6 +71,7 @@ class RoundRecord:
     scores: Mapping[str, Score] = field(default_factory=dict)
     phase: str = ""
     calibration_failures: dict[str, str] = field(default_factory=dict)
+    pair_failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def current(self) -> Attempt:
@@ -146,6 +148,7 @@ class RoundRecord:
             "bytes_down": self.bytes_down,
             "bytes_up": self.bytes_up,
             "calibration_failures": dict(self.calibration_failures),
+            "pair_failures": dict(self.pair_failures),
             "wall_seconds": self.wall_seconds,
             "scores": {name: asdict(score) for name, score in self.scores.items()} or None,
         }

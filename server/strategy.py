@@ -30,8 +30,11 @@ from fedofa.update.verification import Expectation, verify_delta
 from server.calibration import FleetCalibration
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
 from server.compiled import COMPILED, compiled
+from server.devices import DeviceFolder
 from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
 from server.introductions import enrolled
+from server.pairs import FILE as PAIRS
+from server.pairs import PairGathering, PairLog
 from server.phases import Cohort, FederatedShrinking
 from server.planning import Planner
 from server.resources import Stopwatch
@@ -39,8 +42,9 @@ from server.rounds import Attempt, RoundLog, RoundRecord
 from server.scoring import Scorer, SumsOf
 from server.stream import await_nodes, stream_replies
 
-_COHORT_STREAM, _CALIBRATION_STREAM = 2, 4
-"""Tell the random numbers of the cohort and of the clients that calibrate from others drawn from the same seed."""
+_COHORT_STREAM, _CALIBRATION_STREAM, _PAIRS_STREAM = 2, 4, 5
+"""Tell the random numbers of the cohort, of the clients that calibrate, and of the subnets and clients of pairs from
+others drawn from the same seed."""
 
 _MAX_LOSS = 1e6
 _FINAL_RATE = 0.01
@@ -64,6 +68,7 @@ class FederationSettings:
     round_attempts: int = 2  # how often a round is tried, each time with other clients, before it is given up
     max_lost_rounds: int = 3  # rounds given up one after the other that end the run
     unfit_engines: Mapping[str, str] = field(default_factory=dict)  # engine -> why its clients take no part
+    pairs_per_round: int = 0  # random subnets that a cohort scores after every round
     uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
 
 
@@ -98,6 +103,10 @@ class FedOFA(Strategy):
         run: what identifies the run; a checkpoint of another run is refused.
         observers: told of the plan and of every round.
         shrinking: decides instead of the planner, by a schedule; None for ordinary fine-tuning.
+        devices: what keeps the clients' devices, where subnets are assigned by them; else None.
+
+    Attributes:
+        pairs: what clients say of random subnets, beside the diary.
     """
 
     supernet: Supernet
@@ -111,8 +120,10 @@ class FedOFA(Strategy):
     run: Mapping[str, Any]
     observers: list[Observer] = field(default_factory=list)
     shrinking: FederatedShrinking | None = None
+    devices: DeviceFolder | None = None
 
     plan: FleetPlan = field(init=False)
+    pairs: PairLog = field(init=False)
     totals: Totals = field(init=False, default_factory=Totals)
     done: int = field(init=False, default=0)
     fleet: str = field(init=False, default="")  # digest of the clients that take part
@@ -121,6 +132,9 @@ class FedOFA(Strategy):
     _teachers: dict[SubnetConfig, Mapping[str, np.ndarray]] = field(init=False, default_factory=dict)
     _restored: Checkpoint | None = field(init=False, default=None)
     _is_prepared: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.pairs = PairLog(self.log.path.with_name(PAIRS))
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -141,6 +155,8 @@ class FedOFA(Strategy):
         result = Result()
         if not self._is_prepared:
             self.prepare(grid)
+        if self.devices is not None:
+            self.devices.save()
         self.summary()
         lost = 0
         for server_round in range(self.done + 1, num_rounds + 1):
@@ -149,6 +165,7 @@ class FedOFA(Strategy):
             if server_round % self.settings.evaluate_every == 0 or server_round == num_rounds:
                 self._record.scores = self.scores = self._score(grid, self._record)
                 result.evaluate_metrics_serverapp[server_round] = _accuracies(self.scores)
+            self._gather_pairs(grid)
             self._finish_round(grid, watch)
             result.train_metrics_clientapp[server_round] = metrics or MetricRecord()
             lost = 0 if self._record.complete else lost + 1
@@ -172,6 +189,7 @@ class FedOFA(Strategy):
         if self._restored is not None:
             self.log.cut(self._restored.log_bytes)
             self.checkpoints.drop_after(self._restored.round)
+            self.pairs.cut(self._restored.round)
         if isinstance(grid, KeepsClientStates):
             grid.import_states(self._restored.client_states if self._restored is not None else {})
         self._is_prepared = True
@@ -184,6 +202,11 @@ class FedOFA(Strategy):
         unfit = self.settings.unfit_engines
         refused |= {item.client_id: unfit[item.profile.engine] for item in everybody if item.profile.engine in unfit}
         clients = [item for item in everybody if item.client_id not in refused]
+        if self.devices is not None and self.planner.assigner is not None:
+            one_by_one = partial(stream_replies, grid, max_in_flight=1, reply_seconds=self.settings.reply_seconds)
+            clients, unmeasured, latencies = self.devices.collect(clients, partial(self._exchange, grid), one_by_one)
+            refused |= unmeasured
+            self.planner.assigner.latencies |= latencies
         missing = self.settings.num_clients - len(nodes)
         if missing > 0:
             refused[f"{missing} of {self.settings.num_clients} clients"] = (
@@ -430,6 +453,24 @@ class FedOFA(Strategy):
         messages = self.configure_evaluate(self.done, ArrayRecord(), ConfigRecord(), grid)
         metrics = self.aggregate_evaluate(self.done, self._exchange(grid, messages))
         return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, float)}
+
+    def _gather_pairs(self, grid: Grid) -> None:
+        """Have random subnets of the current state scored by one cohort, and keep what it says."""
+        if not self.settings.pairs_per_round:
+            return
+        record = self._record
+        rng = np.random.default_rng([self.settings.seed, _PAIRS_STREAM, record.round])
+        subnets = [self.supernet.space.sample(rng) for _ in range(self.settings.pairs_per_round)]
+        cohort = draw_cohort(self.plan, self.settings.clients_per_round, None, rng)
+        sums = self._statistics(grid, self.state, subnets, record)
+
+        def payload_of(subnet: SubnetConfig) -> bytes:
+            task = self._task(record.round, subnet, FineTunePlan("none", ()))
+            return _encoded(task, self.scorer.calibrated_tensors(self.state, subnet, sums))
+
+        gathering = PairGathering(self.scorer, self.planner, payload_of)
+        clients = [item.client for item in cohort]
+        self.pairs.append(gathering.gather(partial(self._exchange, grid), subnets, clients, record))
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 

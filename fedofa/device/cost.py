@@ -16,7 +16,7 @@ from fedofa.types.device import DeviceProfile
 from fedofa.types.plan import FineTunePlan
 
 _BYTES = 4
-_BACKWARD_PASSES = 2
+BACKWARD_PASSES = 2
 """A backward pass through a layer costs twice its forward pass: one product for the input, one for the weights."""
 
 
@@ -137,7 +137,7 @@ class AnalyticCostModel(CostModel):
         """MACs of one example's backward pass; a recomputed block runs forward once more."""
         again = set(itertools.chain.from_iterable(plan.recompute))
         backward = in_backward(blocks, names)
-        return sum(block.macs * (_BACKWARD_PASSES + (block.name in again)) for block in backward)
+        return sum(block.macs * (BACKWARD_PASSES + (block.name in again)) for block in backward)
 
     def _training_bytes(
         self,

@@ -154,7 +154,7 @@ class OperatorIndex:
 
     def look_up(self, rows: np.ndarray) -> np.ndarray:
         """The operators of subnets: numbers `(num_subnets, num_places)`, -1 where the subnet has no such part."""
-        codes = (rows.astype(np.int64) + 1) @ self._radix + self._offsets
+        codes = ((rows + 1.0) @ self._radix).astype(np.int64) + self._offsets  # whole numbers below 2^53: exact
         numbers = self._table[codes]
         while (missing := np.nonzero((numbers == _UNKNOWN).any(axis=1))[0]).size:
             self._learn(rows[missing[0]])
@@ -224,7 +224,7 @@ class OperatorIndex:
 
     def _layout(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Mixed-radix weights `(num_columns, num_places)`, each place's offset in the table, the table's size."""
-        radix = np.zeros((self.encoding.num_columns, len(self.places)), np.int64)
+        radix = np.zeros((self.encoding.num_columns, len(self.places)))
         offsets = np.zeros(len(self.places), np.int64)
         size = 0
         for place, columns in enumerate(self._columns):
@@ -244,7 +244,7 @@ class OperatorIndex:
     def _learn(self, row: np.ndarray) -> None:
         """Enter the operators of one subnet."""
         parts = self._parts(row)
-        codes = (row.astype(np.int64) + 1) @ self._radix + self._offsets
+        codes = ((row + 1.0) @ self._radix).astype(np.int64) + self._offsets
         for place, (name, code) in enumerate(zip(self.places, codes, strict=True)):
             if name not in parts:
                 self._table[code] = _ABSENT

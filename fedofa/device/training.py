@@ -1,4 +1,4 @@
-"""What training costs thousands of subnets at once, under a plan: peak memory and the bytes of a delta.
+"""What training costs thousands of subnets at once, under a plan: peak memory, bytes and seconds of a round.
 
 The figures are those of `cost.AnalyticCostModel`, computed place by place instead of subnet by subnet.
 """
@@ -6,15 +6,16 @@ The figures are those of `cost.AnalyticCostModel`, computed place by place inste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import final
 
 import numpy as np
 
-from fedofa.device.cost import LocalWork
+from fedofa.device.cost import BACKWARD_PASSES, LocalWork
 from fedofa.device.models import MEGABYTE, SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.supernet.costs import BlockCost
+from fedofa.types.device import DeviceProfile
 from fedofa.types.plan import FineTunePlan
 
 PlanOf = Callable[[Sequence[BlockCost]], FineTunePlan]
@@ -52,38 +53,38 @@ class PlannedPlaces:
         self.plan_of = plan_of
         self._names = [index.parameter_names(place) for place in range(len(index.places))]
         self._columns: dict[tuple[int, frozenset[str]], np.ndarray] = {}
-        self._patterns: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        self._slots: dict[bytes, int] = {}  # by which places a subnet has
+        self._trained = np.zeros((1, len(index.places), len(index.operators)), np.int32)  # values, a pattern each
+        self._recomputed = np.zeros((1, len(index.places)), bool)
         rng = np.random.default_rng(0)
         self.of(SubnetBatch(index, index.encoding.sample(rng, _WARM_UP)))
 
     def of(self, batch: SubnetBatch) -> PlannedBatch:
         """The plan of every subnet."""
         present = batch.present
-        shape = (len(batch), len(self.index.places))
-        trained, recomputed = np.zeros(shape, np.int64), np.zeros(shape, bool)
-        patterns, first, member = np.unique(present, axis=0, return_index=True, return_inverse=True)
-        places = np.arange(shape[1])
-        tables, again = zip(
-            *(self._pattern(p, batch.rows[f]) for p, f in zip(patterns, first, strict=True)), strict=True
-        )
-        member = member.ravel()
-        for number, (table, recompute) in enumerate(zip(tables, again, strict=True)):
-            chosen = np.nonzero(member == number)[0]
-            trained[chosen] = np.where(present[chosen], table[places, batch.operators[chosen]], 0)
-            recomputed[chosen] = recompute
+        packed = np.ascontiguousarray(np.packbits(present, axis=1))
+        codes = packed.view(f"V{packed.shape[1]}").ravel()  # one value a pattern
+        _, first, member = np.unique(codes, return_index=True, return_inverse=True)
+        slots = [self._slot(present[row], batch.rows[row]) for row in first]
+        slot = np.array(slots, np.int64)[member.ravel()]
+        places = np.arange(len(self.index.places))
+        trained = np.where(present, self._trained[slot[:, None], places, batch.operators], 0)
         backward = present & (np.cumsum(trained, axis=1) > 0)
-        return PlannedBatch(trained, backward, recomputed & backward)
+        return PlannedBatch(trained, backward, self._recomputed[slot] & backward)
 
-    def _pattern(self, present: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For subnets with these places: trained values `(num_places, num_operators)`, recomputed places."""
+    def _slot(self, present: np.ndarray, row: np.ndarray) -> int:
+        """The number of the pattern of subnets with these places."""
         key = present.tobytes()
-        if key not in self._patterns:
+        if key not in self._slots:
             plan = self.plan_of(self.index.block_costs(row))
             names = set(plan.changes)
             columns = [self._column(place, names, plan) for place in range(len(self.index.places))]
-            recomputed = np.isin(self.index.places, plan.recompute)
-            self._patterns[key] = np.stack(columns), recomputed
-        return self._patterns[key]
+            number = self._slots[key] = len(self._slots)
+            if number == len(self._trained):
+                self._trained, self._recomputed = _doubled(self._trained), _doubled(self._recomputed)
+            self._trained[number] = np.stack(columns)
+            self._recomputed[number] = np.isin(self.index.places, plan.recompute)
+        return self._slots[key]
 
     def _column(self, place: int, names: set[str], plan: FineTunePlan) -> np.ndarray:
         """Trained values of every operator in a place; all plans of a space train the same part of a parameter."""
@@ -96,6 +97,11 @@ class PlannedPlaces:
                 )
             self._columns[place, own] = column
         return self._columns[place, own]
+
+
+def _doubled(array: np.ndarray) -> np.ndarray:
+    """With as many rows again, of zeros."""
+    return np.concatenate([array, np.zeros_like(array)])
 
 
 @final
@@ -118,6 +124,115 @@ class BytesUp(SubnetCostModel):
         return self.plans.of(batch).trained.sum(axis=1) * float(self.wire_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class RoundFeatures:
+    """What a round costs is linear in these, each float64 `(num_subnets,)`; the device and its work give the factors.
+
+    Args:
+        parameters, statistics: values of the subnet.
+        trained: values that train.
+        example: values that one example of a micro-batch keeps or has at the widest place.
+        image: values of one example.
+        macs: of one example's forward pass.
+        passes: multiply-accumulates of one example's training, recomputation included.
+    """
+
+    parameters: np.ndarray
+    statistics: np.ndarray
+    trained: np.ndarray
+    example: np.ndarray
+    image: np.ndarray
+    macs: np.ndarray
+    passes: np.ndarray
+
+    def matrix(self) -> np.ndarray:
+        """All of them, `(num_subnets, num_features)`, in the order of the fields."""
+        return np.stack([getattr(self, item.name) for item in fields(self)], axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFactors:
+    """By what a device multiplies each of `RoundFeatures`, `(num_features,)`.
+
+    Args:
+        memory_bytes: of training, above the engine's floor.
+        download_bytes, upload_bytes: payload and delta.
+        download_seconds, compute_seconds, upload_seconds: parts of the round.
+    """
+
+    memory_bytes: np.ndarray
+    download_bytes: np.ndarray
+    upload_bytes: np.ndarray
+    download_seconds: np.ndarray
+    compute_seconds: np.ndarray
+    upload_seconds: np.ndarray
+
+    @property
+    def round_seconds(self) -> np.ndarray:
+        """Of the whole round."""
+        return self.download_seconds + self.compute_seconds + self.upload_seconds
+
+
+def memory_factors(work: LocalWork, micro_batch: int = 0) -> np.ndarray:
+    """The factors of training memory, `(num_features,)`."""
+    batch = min(work.batch_size + 1, max(work.num_examples, 1))
+    at_a_time = min(micro_batch or batch, batch)
+    images = work.num_examples + batch - at_a_time
+    return _BYTES * np.array([2.0, 0.0, 1.0 + work.optimiser_slots, at_a_time, images, 0.0, 0.0])
+
+
+def round_factors(profile: DeviceProfile, work: LocalWork, micro_batch: int = 0) -> RoundFactors:
+    """The factors of one device, so that features times factors are what `cost.AnalyticCostModel` says."""
+    download = work.wire_bytes * np.array([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    upload = work.wire_bytes * np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    compute = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, work.num_samples])
+    return RoundFactors(
+        memory_bytes=memory_factors(work, micro_batch),
+        download_bytes=download,
+        upload_bytes=upload,
+        download_seconds=download / profile.downlink_bytes_per_second,
+        compute_seconds=compute / profile.macs_per_second,
+        upload_seconds=upload / profile.uplink_bytes_per_second,
+    )
+
+
+@final
+class RoundCosts:
+    """The features of a round under a plan, for many subnets at once.
+
+    Args:
+        plans: the plan of every subnet.
+    """
+
+    def __init__(self, plans: PlannedPlaces) -> None:
+        self.plans, self.index = plans, plans.index
+        place, operator = self.index.place_table, self.index.operator_table
+        self._parameters = operator(lambda cost: cost.num_parameters)
+        self._statistics = operator(lambda cost: cost.num_statistics)
+        self._saved = place(lambda cost: cost.saved_elements)
+        self._inputs = place(lambda cost: cost.input_elements)
+        self._widest = place(lambda cost: cost.widest_elements)
+        self._macs = place(lambda cost: cost.macs)
+
+    def features(self, batch: SubnetBatch) -> RoundFeatures:
+        """The features of every subnet."""
+        planned = self.plans.of(batch)
+        saved, inputs, macs = (batch.in_places(table) for table in (self._saved, self._inputs, self._macs))
+        kept = np.where(planned.backward, np.where(planned.recomputed, inputs, saved), 0).sum(axis=1)
+        kept += np.where(planned.recomputed, saved - inputs, 0).max(axis=1)
+        again = planned.backward * (BACKWARD_PASSES + planned.recomputed)
+        columns = (
+            batch.total(self._parameters),
+            batch.total(self._statistics),
+            planned.trained.sum(axis=1),
+            kept + 2 * batch.in_places(self._widest).max(axis=1),
+            inputs[:, 0],
+            macs.sum(axis=1),
+            (macs * (1 + again)).sum(axis=1),
+        )
+        return RoundFeatures(*(column.astype(np.float64) for column in columns))
+
+
 @final
 class TrainingMemory(SubnetCostModel):
     """Peak bytes of training under a plan, above the engine's floor.
@@ -125,26 +240,14 @@ class TrainingMemory(SubnetCostModel):
     Args:
         plans: the plan of every subnet.
         work: what the device does in a round.
+        micro_batch: examples that go through the network at a time; 0 for the whole batch.
     """
 
     setting, unit = "training_memory_mb", "MB"
 
-    def __init__(self, plans: PlannedPlaces, work: LocalWork) -> None:
+    def __init__(self, plans: PlannedPlaces, work: LocalWork, micro_batch: int = 0) -> None:
         super().__init__(plans.index)
-        self.plans, self.work = plans, work
-        table = self.index.place_table
-        self._parameters = table(lambda cost: cost.num_parameters)
-        self._saved = table(lambda cost: cost.saved_elements)
-        self._inputs = table(lambda cost: cost.input_elements)
-        self._widest = table(lambda cost: cost.widest_elements)
+        self._costs, self._factors = RoundCosts(plans), memory_factors(work, micro_batch)
 
     def predict(self, batch: SubnetBatch) -> np.ndarray:
-        work, planned = self.work, self.plans.of(batch)
-        saved, inputs = batch.in_places(self._saved), batch.in_places(self._inputs)
-        kept = np.where(planned.backward, np.where(planned.recomputed, inputs, saved), 0).sum(axis=1)
-        kept += np.where(planned.recomputed, saved - inputs, 0).max(axis=1)
-        temporary = 2 * batch.in_places(self._widest).max(axis=1)
-        values = 2 * batch.in_places(self._parameters).sum(axis=1)
-        values += planned.trained.sum(axis=1) * (1 + work.optimiser_slots)
-        examples = min(work.batch_size + 1, max(work.num_examples, 1))
-        return _BYTES * (values + examples * (kept + temporary) + work.num_examples * inputs[:, 0]) / MEGABYTE
+        return self._costs.features(batch).matrix() @ self._factors / MEGABYTE

@@ -77,10 +77,11 @@ class Encoding:
 
     def one_hot(self, rows: np.ndarray) -> np.ndarray:
         """What `SearchSpace.encode` gives, a row a subnet: float32 `(num_subnets, num_features)`."""
-        features = np.zeros((len(rows), self.num_features), np.float32)
-        subnet, column = np.nonzero(rows != INACTIVE)
-        features[subnet, self._features[column] + rows[subnet, column]] = 1.0
-        return features
+        width = self.num_features + 1  # the last takes what has no position
+        places = np.where(rows != INACTIVE, self._features + rows, self.num_features)
+        features = np.zeros((len(rows), width), np.float32)
+        features.ravel()[np.arange(len(rows))[:, None] * width + places] = 1.0
+        return features[:, :-1]
 
 
 def _starts(axes: Sequence[Axis]) -> dict[str, int]:

@@ -170,11 +170,13 @@ def test_a_runs_summary_has_pairs(pairs, index, tmp_path):
     )
     expected = list(read_pairs(pairs, index.encoding))
     rows = [subnet_row(supernet, "random", subnet, accuracy) for subnet, accuracy in expected[:20]]
-    (tmp_path / "summary.json").write_text(json.dumps({"subnets": rows}))
-    assert list(read_pairs(tmp_path, index.encoding)) == expected[:20]
-    (tmp_path / "summary.json").write_text("{}")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text(json.dumps({"subnets": rows}))
+    assert list(read_pairs(run, index.encoding)) == expected[:20]
+    (run / "summary.json").write_text("{}")
     with pytest.raises(DatasetError, match="summary.json cannot be read"):
-        list(read_pairs(tmp_path, index.encoding))
+        list(read_pairs(run, index.encoding))
 
 
 def test_lines_that_are_no_pairs_are_named(pairs, index, tmp_path):
