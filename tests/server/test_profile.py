@@ -23,7 +23,7 @@ SMALL = ["supernet=small", "in_channels=1", "num_classes=10", "device_class=boar
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     """A device of its own clock, on which a chain of operators takes 25% and 0.3 ms longer than they do alone."""
-    state = type("State", (), {"now": 0, "noise": lambda self: 1.0, "prepared": 0})()
+    state = type("State", (), {"now": 0, "noise": lambda self: 1.0, "prepared": 0, "runs": 0})()
     macs = {}
 
     class KnownEngine(Engine):
@@ -33,7 +33,12 @@ def device(monkeypatch, tmp_path):
             state.prepared += 1
             alone = sum(macs_of(operator) for operator in operators)
             milliseconds = alone if len(operators) == 1 else 1.25 * alone + 0.3
-            return lambda: setattr(state, "now", state.now + int(milliseconds * state.noise() * 1e6))
+
+            def run():
+                state.runs += 1
+                state.now += int(milliseconds * state.noise() * 1e6)
+
+            return run
 
     def macs_of(operator):
         if not macs:
@@ -90,13 +95,12 @@ def test_an_interrupted_profile_goes_on(device, monkeypatch):
     device.noise = interrupt
     with pytest.raises(KeyboardInterrupt):
         run_profile(settings(device))
-    kept = len(json.loads(device.output.with_name("board.json.part").read_text())["readings"])
-    device.noise, device.prepared = (lambda: 1.0), 0
+    kept = json.loads(device.output.with_name("board.json.part").read_text())["readings"]
+    device.noise, device.runs = (lambda: 1.0), 0
     resumed = run_profile(settings(device, "resume=true"))
-    left = device.prepared
-    device.prepared = 0
+    left, device.runs = device.runs, 0
     assert run_profile(settings(device)).latency == resumed.latency
-    assert 0 < kept == device.prepared - left
+    assert device.runs - left == 5 * sum(len(row) for row in kept.values()) > 0
 
 
 def test_a_noisy_device_is_refused_and_what_was_steady_is_kept(device):
@@ -111,8 +115,16 @@ def test_a_noisy_device_is_refused_and_what_was_steady_is_kept(device):
 
 def test_chunks_fit_into_memory():
     sizes = {"a": 9_000_000, "b": 8_000_000, "c": 7_000_000, "d": 40_000_000, "e": 1}
-    assert list(_chunks(list(sizes), sizes)) == [["a"], ["b", "c"], ["d"], ["e"]]
-    assert [len(chunk) for chunk in _chunks([str(n) for n in range(70)], {str(n): 1 for n in range(70)})] == [32, 32, 6]
+    assert list(_chunks(list(sizes), sizes, 16_000_000)) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert list(_chunks(list(sizes), sizes, 10**9)) == [list(sizes)]
+
+
+def test_a_small_device_measures_in_chunks_what_a_large_one_measures_at_once(device):
+    large = run_profile(settings(device))
+    prepared, device.prepared = device.prepared, 0
+    small = run_profile(settings(device, "memory_bytes=2e6"))
+    assert device.prepared == prepared
+    assert small.latency == large.latency
 
 
 def test_readings_of_other_settings_are_refused(device):
