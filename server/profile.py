@@ -14,6 +14,8 @@ from conf.schema import ProfileConf
 from fedofa.device.correction import Fit, corrected_times
 from fedofa.device.engines import Engine, build_engine
 from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.memory import InferenceMemory
+from fedofa.device.models import MEGABYTE
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
 from fedofa.device.profile import MeasuredDevice, describe_machine, free_memory_bytes
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
@@ -22,12 +24,15 @@ from fedofa.supernet.families import build_supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
+from server.forward_memory import forward_bytes
 from server.progress import CountProgress
 
 _PARAMETER_BYTES, _MEMORY_SHARE = 12, 4
 """Memory that an engine takes a parameter of what it has prepared, and the share of the free memory (1 / 4) for it."""
 _ACCEPTED_MAPE = 0.05
 """A table that is further off on whole subnets is corrected."""
+_MEMORY_SUBNETS = 3
+"""Random subnets, beside the smallest and the largest, whose forward pass is measured in a process of its own."""
 _CALIBRATION, _VALIDATION = 21, 22
 """Tell the random numbers of the subnets that correct the table from those that it is held against."""
 
@@ -118,7 +123,7 @@ def _build_run(conf: ProfileConf) -> Profiling:
     _check(conf)
     engine = build_engine(conf.engine, conf.threads)
     timing = Timing(**{item.name: getattr(conf, item.name) for item in fields(Timing)})
-    supernet = build_supernet({**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes})
+    supernet = build_supernet(_supernet(conf))
     identity = {
         "supernet": json.loads(json.dumps(supernet.description())),
         "engine": engine.name,
@@ -129,6 +134,11 @@ def _build_run(conf: ProfileConf) -> Profiling:
     }
     journal = Journal(Path(conf.output), identity, resume=conf.resume)
     return Profiling(conf, OperatorIndex.of(supernet), engine, timing, journal)
+
+
+def _supernet(conf: ProfileConf) -> dict[str, Any]:
+    """The supernet's settings."""
+    return {**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes}
 
 
 def _check(conf: ProfileConf) -> None:
@@ -165,6 +175,23 @@ def _measure_table(run: Profiling) -> tuple[LatencyTable, dict[str, float] | Non
         "rank_correlation": after.rank_correlation,
         "mape_of_the_plain_sum": before.mape,
         "rank_correlation_of_the_plain_sum": before.rank_correlation,
+        **_memory_fit(run, validation),
+    }
+
+
+def _memory_fit(run: Profiling, validation: SubnetBatch) -> dict[str, float]:
+    """Predicted over measured memory of forward passes in processes of their own, the least and the greatest."""
+    if run.conf.engine != "torch":
+        return {}
+    space, encoding = run.index.encoding.space, run.index.encoding
+    drawn = [encoding.subnet(row) for row in validation.rows[:_MEMORY_SUBNETS]]
+    subnets = [space.smallest(), space.largest(), *drawn]
+    measured = np.array([forward_bytes(_supernet(run.conf), subnet) for subnet in subnets]) / MEGABYTE
+    ratios = InferenceMemory(run.index).predict(run.index.batch(subnets)) / measured
+    return {
+        "memory_subnets": len(subnets),
+        "memory_least_ratio": float(ratios.min()),
+        "memory_greatest_ratio": float(ratios.max()),
     }
 
 
@@ -284,4 +311,10 @@ def summary_lines(device: MeasuredDevice) -> Iterator[str]:
             f"on {fit['subnets']:.0f} held-out subnets: error {fit['mape']:.1%}, rank correlation "
             f"{fit['rank_correlation']:.3f} (plain sums of operators: {fit['mape_of_the_plain_sum']:.1%}, "
             f"{fit['rank_correlation_of_the_plain_sum']:.3f})"
+        )
+    if device.fit is not None and "memory_subnets" in device.fit:
+        fit = device.fit
+        yield (
+            f"memory of a forward pass of {fit['memory_subnets']:.0f} subnets, each in a process of its own: predicted "
+            f"{fit['memory_least_ratio']:.3f} to {fit['memory_greatest_ratio']:.3f} of the measured"
         )

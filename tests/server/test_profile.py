@@ -9,12 +9,14 @@ from conf.compose import compose_profile_conf
 from fedofa.device import engines, timing
 from fedofa.device.engines import Engine
 from fedofa.device.latency import Latency
+from fedofa.device.memory import InferenceMemory
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.profile import MeasuredDevice, check_machine, describe_machine, free_memory_bytes, load_device
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError, ProfileError
 from server import cli
+from server.forward_memory import forward_bytes
 from server.profile import _chunks, run_profile, summary_lines
 
 SMALL = ["supernet=small", "in_channels=1", "num_classes=10", "device_class=board"]
@@ -50,6 +52,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setitem(engines.ENGINES, "torch", KnownEngine)
     monkeypatch.setattr("server.profile.training_macs_per_second", lambda spec, threads, clock: 1e9)
     monkeypatch.setattr("server.profile.memory_bytes_per_second", lambda clock: 1e10)
+    monkeypatch.setattr("server.profile.forward_bytes", lambda supernet, subnet: 1_000_000)
     monkeypatch.setitem(timing.CLOCKS, "wall", lambda: state.now)
     state.output = tmp_path / "runs" / "board.json"
     return state
@@ -75,7 +78,27 @@ def test_a_profile_predicts_whole_networks(device):
     index = OperatorIndex.of(small_supernet())
     batch = SubnetBatch(index, index.encoding.sample(np.random.default_rng(0), 5))
     assert (Latency(index, measured.latency).predict(batch) > 0.3).all()
-    assert any("held-out subnets: error" in line for line in summary_lines(measured))
+    lines = list(summary_lines(measured))
+    assert any("held-out subnets: error" in line for line in lines)
+    assert "memory of a forward pass of 5 subnets" in lines[-1]
+    memory = InferenceMemory(index)
+    assert measured.fit["memory_least_ratio"] == memory.predict_one(index.encoding.space.smallest()).value
+    assert measured.fit["memory_greatest_ratio"] == memory.predict_one(index.encoding.space.largest()).value
+
+
+@pytest.mark.slow
+def test_a_forward_pass_in_a_process_of_its_own_takes_what_is_predicted():
+    conf = compose_profile_conf(["supernet=published"])
+    supernet = {**conf.supernet, "in_channels": 3, "num_classes": 1000}
+    index = OperatorIndex.of(build_supernet(supernet))
+    for subnet in (index.encoding.space.smallest(), index.encoding.space.largest()):
+        measured, predicted = forward_bytes(supernet, subnet), InferenceMemory(index).predict_one(subnet).value * 1e6
+        assert measured <= predicted <= 1.1 * measured
+
+
+def test_a_forward_pass_that_fails_is_named():
+    with pytest.raises(ProfileError, match="memory of a forward pass: its process ended with .*nowhere"):
+        forward_bytes({"family": "nowhere"}, small_supernet().space.smallest())
 
 
 def test_rates_of_this_machine_are_those_of_a_computer():
