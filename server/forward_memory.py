@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedofa.types.errors import ProfileError
+import torch
+
+from fedofa.finetune.memory import tune_allocator
+from fedofa.supernet.elastic import ElasticSupernet
+from fedofa.supernet.families import build_supernet
+from fedofa.supernet.layers import Network
+from fedofa.supernet.network import NetworkSpec
+from fedofa.types.errors import ConfigError, ProfileError
 from fedofa.types.space import SubnetConfig
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -44,27 +51,27 @@ def forward_bytes(supernet: Mapping[str, Any], subnet: SubnetConfig) -> int:
 
 
 def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
-    import torch
-
-    from fedofa.finetune.memory import tune_allocator
-    from fedofa.supernet.families import build_supernet
-    from fedofa.supernet.layers import Network
-
+    """The peak beyond the floor; a small image goes through the same layers first, so that kernels are loaded."""
     tune_allocator()
     torch.set_num_threads(1)
     described = build_supernet(supernet)
+    if not isinstance(described, ElasticSupernet):
+        raise ConfigError(f"supernet: expected one of blocks, found {type(described).__name__}")
     spec = described.network_spec(SubnetConfig.from_json(choices))
     del described
-    with torch.inference_mode():
-        for side in (_WARM_SIDE, spec.resolution):
-            _reset_peak()
-            floor = _resident("VmRSS")
-            network = Network(spec).to_empty(device="cpu").eval()
-            for tensor in (*network.parameters(), *network.buffers()):
-                tensor.fill_(0.01)
-            network(torch.rand(1, spec.in_channels, side, side))
-            del network, tensor
+    _forward(spec, _WARM_SIDE)
+    _reset_peak()
+    floor = _resident("VmRSS")
+    _forward(spec, spec.resolution)
     return _resident("VmHWM") - floor
+
+
+def _forward(spec: NetworkSpec, side: int) -> None:
+    with torch.inference_mode():
+        network = Network(spec).to_empty(device="cpu").eval()
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.fill_(0.01)
+        network(torch.rand(1, spec.in_channels, side, side))
 
 
 def _reset_peak() -> None:

@@ -21,8 +21,8 @@ from fedofa.search.limits import Limits
 from fedofa.types.errors import ConfigError, InfeasibilityError
 from fedofa.types.space import SearchSpace, SubnetConfig
 
-_CLIMBS, _APART = 16, 4
-"""Subnets that climbing starts from, and columns in which they differ at the least."""
+_CLIMBS, _APART = 8, 4
+"""Subnets of each generation that climbing starts from, and columns in which they differ at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,9 @@ class DeviceSearch:
         Raises:
             InfeasibilityError: when no subnet meets them: which limits, by how much, and the nearest subnet.
         """
-        rows = self._climb_from_best(limits, self._evolve(limits, self._starts(limits, seed), seed))
-        return max(self._found(rows), key=lambda found: found.accuracy)
+        rows = self._evolve_and_climb(limits, seed)
+        best = int(np.argmax(self.predictor.predict(SubnetBatch(self.index, rows))))
+        return self._found(rows[best : best + 1])[0]
 
     def pareto(self, limits: Limits, seed: int = 0) -> list[Found]:
         """The subnets within the limits of which none is better in accuracy and in every limited cost, best first.
@@ -77,8 +78,7 @@ class DeviceSearch:
         Raises:
             InfeasibilityError: as `best`.
         """
-        rows = self._evolve(limits, self._starts(limits, seed), seed)
-        rows = np.unique(np.concatenate([rows, self._climb_from_best(limits, rows)]), axis=0)
+        rows = self._evolve_and_climb(limits, seed)
         front = rows[_non_dominated(self._objectives(limits, SubnetBatch(self.index, rows)))]
         return sorted(self._found(front), key=lambda found: -found.accuracy)
 
@@ -132,6 +132,14 @@ class DeviceSearch:
             f"{describe(self.index.encoding.space, subnet)}, {limits.miss(batch)}",
             nearest=subnet,
         )
+
+    def _evolve_and_climb(self, limits: Limits, seed: int) -> np.ndarray:
+        """Rows that meet the limits: both generations', and where climbing from the best of each ends."""
+        starts = self._starts(limits, seed)
+        rows = self._evolve(limits, starts, seed)
+        first = starts[limits.worst(SubnetBatch(self.index, starts)) <= 0]
+        ends = [self._climb_from_best(limits, generation) for generation in (first, rows)]
+        return np.unique(np.concatenate([rows, *ends]), axis=0)
 
     def _evolve(self, limits: Limits, starts: np.ndarray, seed: int) -> np.ndarray:
         """Rows of the first and the last generation that meet the limits; at least one of the starts does."""

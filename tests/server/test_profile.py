@@ -165,7 +165,7 @@ def test_readings_of_other_settings_are_refused(device):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engine=tflite", "engine: expected one of"),
+        ("engine=tflite", r"^engine: expected one of \['torch', 'onnxruntime'\], found 'tflite'$"),
         ("threads=0", "threads: expected at least 1"),
         ("calibration_subnets=2", "calibration_subnets: expected at least 8"),
         ("num_classes=0", "num_classes"),
