@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedofa.finetune.memory import tune_allocator
 from fedofa.supernet.elastic import ElasticSupernet
@@ -51,7 +52,11 @@ def forward_bytes(supernet: Mapping[str, Any], subnet: SubnetConfig) -> int:
 
 
 def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
-    """The peak beyond the floor; a small image goes through the same layers first, so that kernels are loaded."""
+    """The peak beyond the floor.
+
+    A small image goes through the same layers first, so that kernels are loaded. Its network stays: what it would leave
+    in the heap could be used again, and would be missing from the figure.
+    """
     tune_allocator()
     torch.set_num_threads(1)
     described = build_supernet(supernet)
@@ -59,19 +64,22 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
         raise ConfigError(f"supernet: expected one of blocks, found {type(described).__name__}")
     spec = described.network_spec(SubnetConfig.from_json(choices))
     del described
-    _forward(spec, _WARM_SIDE)
+    warm = _forward(spec, _WARM_SIDE)
     _reset_peak()
     floor = _resident("VmRSS")
     _forward(spec, spec.resolution)
-    return _resident("VmHWM") - floor
+    peak = _resident("VmHWM")
+    del warm
+    return peak - floor
 
 
-def _forward(spec: NetworkSpec, side: int) -> None:
+def _forward(spec: NetworkSpec, side: int) -> nn.Module:
     with torch.inference_mode():
         network = Network(spec).to_empty(device="cpu").eval()
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.fill_(0.01)
         network(torch.rand(1, spec.in_channels, side, side))
+    return network
 
 
 def _reset_peak() -> None:

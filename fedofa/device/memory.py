@@ -17,7 +17,7 @@ _BYTES = 4
 
 _COPIES = 2
 """Copies of a dense kernel larger than 1 x 1 that torch's convolution makes in layouts of its own."""
-_SLACK_BYTES = 900_000
+_SLACK_BYTES = 1_700_000
 """What tensors and scratch do not show: pages that are not full, small blocks that stay."""
 
 
@@ -26,7 +26,7 @@ class InferenceMemory(SubnetCostModel):
     """Peak of the memory that a process needs for a forward pass in eager torch, batch 1, beyond the engine's floor.
 
     That is the weights, the image, and what lives inside the widest block: tensors, the copies of its input, result and
-    kernel that a convolution works on, and some slack. It is meant to be at most 10 % or 1 MB above what a process of
+    kernel that a convolution works on, and some slack. It is meant to be at most 10 % or 1.5 MB above what a process of
     its own takes, and never below it (`server.forward_memory` measures).
     """
 
