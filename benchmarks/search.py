@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded, as every command of fedofa sets it
+
 import numpy as np
 
 from fedofa.device.latency import Latency, LatencyTable, roofline_table

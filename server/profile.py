@@ -14,20 +14,25 @@ from conf.schema import ProfileConf
 from fedofa.device.correction import Fit, corrected_times
 from fedofa.device.engines import Engine, build_engine
 from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.memory import InferenceMemory
+from fedofa.device.models import MEGABYTE
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
 from fedofa.device.profile import MeasuredDevice, describe_machine, free_memory_bytes
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
-from fedofa.device.timing import Measured, Timing, measure, refuse_unsteady
+from fedofa.device.timing import Measured, Readings, Timing, measure, refuse_unsteady, without_drift
 from fedofa.supernet.families import build_supernet
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
+from server.forward_memory import forward_bytes
 from server.progress import CountProgress
 
-_CHUNK, _CHUNK_PARAMETERS = 32, 16_000_000
-"""Operators or subnets that are in memory and timed side by side at once, and their parameters, at the most."""
+_PARAMETER_BYTES, _MEMORY_SHARE = 12, 4
+"""Memory that an engine takes a parameter of what it has prepared, and the share of the free memory (1 / 4) for it."""
 _ACCEPTED_MAPE = 0.05
 """A table that is further off on whole subnets is corrected."""
+_MEMORY_SUBNETS = 3
+"""Random subnets, beside the smallest and the largest, whose forward pass is measured in a process of its own."""
 _CALIBRATION, _VALIDATION = 21, 22
 """Tell the random numbers of the subnets that correct the table from those that it is held against."""
 
@@ -83,9 +88,9 @@ class Journal:
             )
         return readings
 
-    def keep(self, measured: Mapping[str, Measured]) -> None:
-        """Add readings and write the file."""
-        self.readings |= {name: list(item.readings) for name, item in measured.items()}
+    def keep(self, readings: Readings) -> None:
+        """Put these names' readings in place of what is known of them, and write the file."""
+        self.readings |= {name: list(row) for name, row in readings.items() if row}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"identity": self.identity, "readings": self.readings}
         replace_file(self.path, json.dumps(content).encode())
@@ -118,7 +123,7 @@ def _build_run(conf: ProfileConf) -> Profiling:
     _check(conf)
     engine = build_engine(conf.engine, conf.threads)
     timing = Timing(**{item.name: getattr(conf, item.name) for item in fields(Timing)})
-    supernet = build_supernet({**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes})
+    supernet = build_supernet(_supernet(conf))
     identity = {
         "supernet": json.loads(json.dumps(supernet.description())),
         "engine": engine.name,
@@ -129,6 +134,11 @@ def _build_run(conf: ProfileConf) -> Profiling:
     }
     journal = Journal(Path(conf.output), identity, resume=conf.resume)
     return Profiling(conf, OperatorIndex.of(supernet), engine, timing, journal)
+
+
+def _supernet(conf: ProfileConf) -> dict[str, Any]:
+    """The supernet's settings."""
+    return {**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes}
 
 
 def _check(conf: ProfileConf) -> None:
@@ -165,6 +175,23 @@ def _measure_table(run: Profiling) -> tuple[LatencyTable, dict[str, float] | Non
         "rank_correlation": after.rank_correlation,
         "mape_of_the_plain_sum": before.mape,
         "rank_correlation_of_the_plain_sum": before.rank_correlation,
+        **_memory_fit(run, validation),
+    }
+
+
+def _memory_fit(run: Profiling, validation: SubnetBatch) -> dict[str, float]:
+    """Predicted over measured memory of forward passes in processes of their own, the least and the greatest."""
+    if run.conf.engine != "torch":
+        return {}
+    space, encoding = run.index.encoding.space, run.index.encoding
+    drawn = [encoding.subnet(row) for row in validation.rows[:_MEMORY_SUBNETS]]
+    subnets = [space.smallest(), space.largest(), *drawn]
+    measured = np.array([forward_bytes(_supernet(run.conf), subnet) for subnet in subnets]) / MEGABYTE
+    ratios = InferenceMemory(run.index).predict(run.index.batch(subnets)) / measured
+    return {
+        "memory_subnets": len(subnets),
+        "memory_least_ratio": float(ratios.min()),
+        "memory_greatest_ratio": float(ratios.max()),
     }
 
 
@@ -197,18 +224,54 @@ def _medians(measured: Mapping[str, Measured], batch: SubnetBatch) -> np.ndarray
 
 
 def _measure_all(run: Profiling, chains: Mapping[str, Sequence[Operator]]) -> dict[str, Measured]:
-    """Every chain's readings, those that the journal has not anew; unsteady ones are refused in the end."""
-    known = {name: Measured(tuple(row)) for name, row in run.journal.readings.items() if name in chains}
-    known = {name: item for name, item in known.items() if item.spread <= run.timing.max_spread}
-    left = [name for name in chains if name not in known]
-    with CountProgress("profiling", len(chains), len(known)) as progress:
-        for names in _chunks(left, _parameters(run.index, chains)):
-            found = _measure_chunk(run, {name: chains[name] for name in names}, progress)
-            known |= found
-            run.journal.keep(found)
-            progress.done(len(known), _slowest(found))
-    refuse_unsteady(known, run.timing.max_spread)
-    return known
+    """What every chain takes, going on with what the journal has; unsteady ones are refused in the end."""
+    measured: dict[str, Measured] = {}
+    with CountProgress("profiling", len(chains) * run.timing.passes, _num_readings(run)) as progress:
+        for names in _chunks(list(chains), _parameters(run.index, chains), _most_parameters(run.conf)):
+            measured |= _measure_chunk(run, {name: chains[name] for name in names}, progress)
+    refuse_unsteady(measured, run.timing.max_spread)
+    return measured
+
+
+def _measure_chunk(
+    run: Profiling, chains: Mapping[str, Sequence[Operator]], progress: CountProgress
+) -> dict[str, Measured]:
+    """What chains take that are timed side by side; what the journal has of them is taken anew where it is unsteady."""
+    passes = run.timing.passes
+    readings: Readings = {name: tuple(run.journal.readings.get(name, ())) for name in chains}
+    kept = without_drift({name: row for name, row in readings.items() if len(row) >= passes})
+    steady = {name: item for name, item in kept.items() if item.spread <= run.timing.max_spread}
+    if len(steady) == len(chains):
+        return steady
+    if len(steady) == len(kept):  # they were interrupted, not refused, and share their passes with the others
+        steady, left = {}, readings
+    else:
+        left = {name: readings[name] if name not in kept else () for name in chains if name not in steady}
+    progress.status(f"preparing {len(left)} operators and subnets")
+    runs = {name: run.engine.prepare(chains[name]) for name in left}
+    latest = left
+    for latest in measure(runs, run.timing, left):
+        run.journal.keep(latest)
+        progress.done(_num_readings(run), _pass(latest, passes))
+    return {**steady, **without_drift(latest)}
+
+
+def _num_readings(run: Profiling) -> int:
+    """Readings that the journal has of those that every name needs."""
+    return sum(min(len(row), run.timing.passes) for row in run.journal.readings.values())
+
+
+def _pass(readings: Readings, passes: int) -> str:
+    number = max(len(row) for row in readings.values())
+    if number <= passes:
+        return f"pass {number} of {passes}"
+    return f"reading what is unsteady again: {sum(len(row) == number for row in readings.values())}, pass {number}"
+
+
+def _most_parameters(conf: ProfileConf) -> int:
+    """Parameters of what may be prepared at once."""
+    free = conf.memory_bytes if conf.memory_bytes is not None else free_memory_bytes()
+    return int(free / _MEMORY_SHARE / _PARAMETER_BYTES)
 
 
 def _parameters(index: OperatorIndex, chains: Mapping[str, Sequence[Operator]]) -> dict[str, int]:
@@ -218,33 +281,18 @@ def _parameters(index: OperatorIndex, chains: Mapping[str, Sequence[Operator]]) 
     return {name: sum(known[operator.key] for operator in chain) for name, chain in chains.items()}
 
 
-def _chunks(names: Sequence[str], parameters: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in order, as many at a time as fit into memory, one at the least."""
+def _chunks(names: Sequence[str], parameters: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """The names in order, as many at a time as have at most so many parameters together, one at the least."""
     chunk: list[str] = []
     total = 0
     for name in names:
-        if chunk and (len(chunk) == _CHUNK or total + parameters[name] > _CHUNK_PARAMETERS):
+        if chunk and total + parameters[name] > most:
             yield chunk
             chunk, total = [], 0
         chunk.append(name)
         total += parameters[name]
     if chunk:
         yield chunk
-
-
-def _measure_chunk(
-    run: Profiling, chains: Mapping[str, Sequence[Operator]], progress: CountProgress
-) -> dict[str, Measured]:
-    runs = {name: run.engine.prepare(chain) for name, chain in chains.items()}
-    latest: dict[str, Measured] = {}
-    for number, found in enumerate(measure(runs, run.timing), start=1):
-        latest = found
-        progress.status(f"pass {number} of {run.timing.passes}")
-    return latest
-
-
-def _slowest(found: Mapping[str, Measured]) -> str:
-    return f"up to {max((item.median for item in found.values()), default=0.0):.2f} ms"
 
 
 def summary_lines(device: MeasuredDevice) -> Iterator[str]:
@@ -263,4 +311,10 @@ def summary_lines(device: MeasuredDevice) -> Iterator[str]:
             f"on {fit['subnets']:.0f} held-out subnets: error {fit['mape']:.1%}, rank correlation "
             f"{fit['rank_correlation']:.3f} (plain sums of operators: {fit['mape_of_the_plain_sum']:.1%}, "
             f"{fit['rank_correlation_of_the_plain_sum']:.3f})"
+        )
+    if device.fit is not None and "memory_subnets" in device.fit:
+        fit = device.fit
+        yield (
+            f"memory of a forward pass of {fit['memory_subnets']:.0f} subnets, each in a process of its own: predicted "
+            f"{fit['memory_least_ratio']:.3f} to {fit['memory_greatest_ratio']:.3f} of the measured"
         )

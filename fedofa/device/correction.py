@@ -2,8 +2,9 @@
 
 Alone, an operator finds its weights in the cache and its input in the layout it wants. In a network it does not, and
 some of it is overlapped. Each operator's time becomes a sum of non-negative multiples of what it took alone, its
-weights, its input and result, its MACs and a constant; the multiples are fitted to measured subnets, relative errors
-counting alike.
+weights, the values that its layers read and write, its MACs, its number of layers and a constant; the multiples are
+fitted to measured subnets, relative errors counting alike. The result is a latency table like any other, so
+`latency.Latency` predicts with it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedofa.device.layers import layers_of
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.types.errors import ConfigError
 
-_FEATURES = ("alone", "parameters", "moved", "macs", "operators")
 _STEPS = 5000
 _SHRINKAGE = 1e-3
 """Keeps multiples small that the subnets say little about, relative to the fit's own scale."""
@@ -71,11 +72,12 @@ def corrected_times(
         batch: subnets that were measured.
         measured: their milliseconds, `(num_subnets,)`.
     """
-    moved = np.array([operator.input_elements + operator.output_elements for operator in index.operators])
+    layers = [list(layers_of(operator)) for operator in index.operators]
     counted = [
         index.operator_table(lambda cost: cost.num_parameters),
-        moved,
+        np.array([sum(layer.input_elements + layer.output_elements for layer in row) for row in layers]),
         index.operator_table(lambda cost: cost.macs),
+        np.array([len(row) for row in layers]),
     ]
     columns = np.stack([alone, *counted, np.ones(len(alone))], axis=1).astype(np.float64)
     scale = columns.mean(axis=0)

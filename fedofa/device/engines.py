@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedofa.device.allocator import keep_freed_memory
 from fedofa.device.operators import Operator
 from fedofa.supernet.layers import Linear, build_part
 from fedofa.types.errors import ConfigError
@@ -42,11 +43,12 @@ class Engine(ABC):
 
 @final
 class TorchEngine(Engine):
-    """Eager torch, as evaluation and fine-tuning run."""
+    """Eager torch in a process that keeps freed memory for later passes (see `allocator`)."""
 
     package = "torch"
 
     def prepare(self, operators: Sequence[Operator]) -> Run:
+        keep_freed_memory()
         torch.set_num_threads(self.threads)
         chain = nn.Sequential()
         for operator in operators:

@@ -22,31 +22,49 @@ from fedofa.supernet.network import (
 
 _BYTES = 4
 
+_COPIES = 2
+"""Copies of a dense kernel larger than 1 x 1 that torch's convolution makes in layouts of its own."""
+_SLACK_BYTES = 1_700_000
+"""What tensors and scratch do not show: pages that are not full, small blocks that stay."""
+
 
 @final
 class InferenceMemory(SubnetCostModel):
-    """Peak bytes of a forward pass in eager torch, batch 1: weights, the image, and what lives inside the widest block.
+    """Peak of the memory that a process needs for a forward pass in eager torch, batch 1, beyond the engine's floor.
 
-    Tensors only: the engine's own floor and the scratch space of its kernels are apart.
+    That is the weights, the image, and what lives inside the widest block: tensors, the copies of its input, result and
+    kernel that a convolution works on, and some slack. It is meant to be at most 10 % or 1.5 MB above what a process of
+    its own takes, and never below it (`server.forward_memory` measures).
     """
 
     setting, unit = "inference_memory_mb", "MB"
 
     @cached_property
-    def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
         weights = self.index.operator_table(lambda cost: cost.num_parameters + cost.num_statistics)
-        operators = self.index.operators
-        inputs = np.array([operator.input_elements for operator in operators])
-        return weights, inputs, np.array([max(_live(operator)) for operator in operators])
+        return weights, np.array([operator.input_elements for operator in self.index.operators])
+
+    @cached_property
+    def _live(self) -> np.ndarray:
+        return np.array([max(_live(operator, scratch=True)) for operator in self.index.operators])
 
     def predict(self, batch: SubnetBatch) -> np.ndarray:
-        weights, inputs, live = self._tables
+        return (self._peak_bytes(batch, self._live) + _SLACK_BYTES) / MEGABYTE
+
+    def tensor_bytes(self, batch: SubnetBatch) -> np.ndarray:
+        """The part of it that tensors hold which torch is seen to make, exactly, `(num_subnets,)`."""
+        return self._peak_bytes(
+            batch, np.array([max(_live(operator, scratch=False)) for operator in self.index.operators])
+        )
+
+    def _peak_bytes(self, batch: SubnetBatch, live: np.ndarray) -> np.ndarray:
+        weights, inputs = self._tables
         given = np.append(inputs, 0)[batch.operators]
         inside = np.append(live, 0)[batch.operators]
         for place, held in enumerate(_held_inputs(self.index.places)):
             inside[:, place] += given[:, held].sum(axis=1)
         inside[~batch.present] = 0
-        return _BYTES * (batch.total(weights) + inside.max(axis=1)) / MEGABYTE
+        return _BYTES * (batch.total(weights) + inside.max(axis=1))
 
 
 def _held_inputs(places: Sequence[str]) -> list[list[int]]:
@@ -63,48 +81,56 @@ def _held_inputs(places: Sequence[str]) -> list[list[int]]:
     return held
 
 
-def _live(operator: Operator) -> Iterator[int]:
-    """Values that live inside a block, step by step; the chain holds the block's input until the block is done."""
+def _live(operator: Operator, *, scratch: bool) -> Iterator[int]:
+    """Values that live inside a block, step by step; the chain holds the block's input until the block is done.
+
+    Args:
+        operator: the block.
+        scratch: count the convolutions' own copies as well.
+    """
     part, x, out = operator.part, operator.input_elements, operator.output_elements
     layers = list(layers_of(operator))
     yield x + out
     match part:
         case ConvSpec():
-            yield x + _made(layers[0], operator.norm)
+            yield x + _made(layers[0], operator.norm, scratch=scratch)
             yield x + (2 * out if part.residual else 0)
         case MBConvSpec():
             layers, branch = (layers[:-2], layers[-2:]) if part.lite else (layers, [])
             for number, layer in enumerate(layers):
                 own = 0 if number == 0 else layer.input_elements
                 gated = layers[-1].input_elements if layer.in_side == 1 and part.squeeze_channels else 0
-                yield x + own + gated + _made(layer, operator.norm)
+                yield x + own + gated + _made(layer, operator.norm, scratch=scratch)
             if part.squeeze_channels:
                 yield x + 2 * layers[-1].input_elements + part.mid_channels
             for layer in branch:
                 yield x + out + layer.input_elements + _made(layer, LITE_NORM)
             yield x + (3 if branch else 2) * out
         case BottleneckSpec():
-            yield x + _made(layers[0], operator.norm)
+            yield x + _made(layers[0], operator.norm, scratch=scratch)
             for layer in layers[1:3]:
-                yield x + layer.input_elements + _made(layer, operator.norm)
+                yield x + layer.input_elements + _made(layer, operator.norm, scratch=scratch)
             for layer in layers[3:]:
                 averaged = layer.input_elements if layer.in_side != operator.in_side else 0
-                yield x + out + averaged + _made(layer, operator.norm)
+                yield x + out + averaged + _made(layer, operator.norm, scratch=scratch)
             yield x + (4 if part.downsamples else 3) * out
 
 
-def _made(layer: Layer, norm: str) -> int:
+def _made(layer: Layer, norm: str, *, scratch: bool) -> int:
     """Values that a layer has made at its peak: a convolution, its norm and its activation make a tensor each, of which
-    two are alive. A padded copy of the input lives as long as the convolution runs, group norm's statistics as long as
-    the norm does.
+    two are alive. A padded copy of the input lives as long as the convolution runs, as its own copies do; group norm's
+    statistics as long as the norm does.
     """
     conv, out = layer.conv, layer.output_elements
     statistics = 2 * conv.out_channels // GROUP_NORM_CHANNELS if conv.norm and norm == "group" else 0
     made = 2 * out + statistics if conv.norm or conv.activation else out
+    running = out
     if conv.pads:
-        padded = conv.in_channels * (layer.in_side + sum(same_padding(layer.in_side, conv.kernel, conv.stride))) ** 2
-        return max(padded + out, made)
-    return made
+        running += conv.in_channels * (layer.in_side + sum(same_padding(layer.in_side, conv.kernel, conv.stride))) ** 2
+    if scratch:
+        running += layer.input_elements + out
+        running += _COPIES * layer.weight_elements if conv.kernel > 1 and not conv.depthwise else 0
+    return max(running, made)
 
 
 @final

@@ -1,32 +1,28 @@
 """The best subnet for a device, or all best trade-offs: NSGA-II over the encoding, then climbing to a local optimum.
 
 Everything is evaluated in batches: a generation, or a neighbourhood, is one table look-up and one pass of the
-predictor. NSGA-II (Deb et al. 2002) is pymoo's.
+predictor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from fedofa.device.models import Quantity, SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.search.accuracy import AccuracyPredictor
+from fedofa.search.climbing import Climber, closeness, within
+from fedofa.search.evolution import evolve
 from fedofa.search.fit import uniform_subnets
 from fedofa.search.limits import Limits
 from fedofa.types.errors import ConfigError, InfeasibilityError
 from fedofa.types.space import SearchSpace, SubnetConfig
 
-_MUTATED_COLUMNS = 2.0
-"""Columns that a mutation draws anew, on average."""
 _CLIMBS, _APART = 8, 4
-"""Subnets that climbing starts from, and columns in which they differ at the least."""
-_MOST_STEPS = 60
-_MOST_PAIRS = 6000
-"""Pairs of changes that a step of climbing tries at the most."""
+"""Subnets of each generation that climbing starts from, and columns in which they differ at the least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +68,9 @@ class DeviceSearch:
         Raises:
             InfeasibilityError: when no subnet meets them: which limits, by how much, and the nearest subnet.
         """
-        rows = self._climb_from_best(limits, self._evolve(limits, self._starts(limits, seed), seed), seed)
-        return max(self._found(rows), key=lambda found: found.accuracy)
+        rows = self._evolve_and_climb(limits, seed)
+        best = int(np.argmax(self.predictor.predict(SubnetBatch(self.index, rows))))
+        return self._found(rows[best : best + 1])[0]
 
     def pareto(self, limits: Limits, seed: int = 0) -> list[Found]:
         """The subnets within the limits of which none is better in accuracy and in every limited cost, best first.
@@ -81,8 +78,7 @@ class DeviceSearch:
         Raises:
             InfeasibilityError: as `best`.
         """
-        rows = self._evolve(limits, self._starts(limits, seed), seed)
-        rows = np.unique(np.concatenate([rows, self._climb_from_best(limits, rows, seed)]), axis=0)
+        rows = self._evolve_and_climb(limits, seed)
         front = rows[_non_dominated(self._objectives(limits, SubnetBatch(self.index, rows)))]
         return sorted(self._found(front), key=lambda found: -found.accuracy)
 
@@ -114,102 +110,59 @@ class DeviceSearch:
         batch = SubnetBatch(self.index, rows)
         worst = limits.worst(batch)
         if (worst > 0).all():
-            row = self._nearest(limits, rows[int(np.argmin(worst))], seed)
+            row = self._nearest(limits, rows[int(np.argmin(worst))])
             rows, worst = np.concatenate([row[None], rows]), np.concatenate([[0.0], worst])
             batch = SubnetBatch(self.index, rows)
         rank = np.lexsort((-self.predictor.predict(batch), np.maximum(worst, 0)))
         return rows[rank[: self.population]]
 
-    def _nearest(self, limits: Limits, row: np.ndarray, seed: int) -> np.ndarray:
+    def _nearest(self, limits: Limits, row: np.ndarray) -> np.ndarray:
         """A subnet that meets the limits, found by lessening the greatest excess.
 
         Raises:
             InfeasibilityError: when it cannot be lessened to nothing.
         """
-        rng = np.random.default_rng(seed)
-        for _ in range(_MOST_STEPS):
-            near = np.concatenate([row[None], self._neighbours(row, rng)])
-            worst = limits.worst(SubnetBatch(self.index, near))
-            best = int(np.argmin(worst))
-            if worst[best] <= 0:
-                return near[best]
-            if best == 0:
-                break
-            row = near[best]
+        row = self._climber(limits).climb(row, closeness, enough=0.0)
+        batch = SubnetBatch(self.index, row[None])
+        if limits.worst(batch)[0] <= 0:
+            return row
         subnet = self.index.encoding.subnet(row)
-        miss = limits.miss(SubnetBatch(self.index, row[None]))
         raise InfeasibilityError(
             f"no subnet of {subnet.family!r} meets the limits. With the nearest, "
-            f"{describe(self.index.encoding.space, subnet)}, {miss}",
+            f"{describe(self.index.encoding.space, subnet)}, {limits.miss(batch)}",
             nearest=subnet,
         )
 
-    # -- evolution ---------------------------------------------------------------------------------------------------
+    def _evolve_and_climb(self, limits: Limits, seed: int) -> np.ndarray:
+        """Rows that meet the limits: both generations', and where climbing from the best of each ends."""
+        starts = self._starts(limits, seed)
+        rows = self._evolve(limits, starts, seed)
+        first = starts[limits.worst(SubnetBatch(self.index, starts)) <= 0]
+        ends = [self._climb_from_best(limits, generation) for generation in (first, rows)]
+        return np.unique(np.concatenate([rows, *ends]), axis=0)
 
     def _evolve(self, limits: Limits, starts: np.ndarray, seed: int) -> np.ndarray:
-        """Rows of the last generation's subnets that meet the limits; at least one of the starts does."""
-        from pymoo.algorithms.moo.nsga2 import NSGA2
-        from pymoo.operators.crossover.ux import UniformCrossover
-        from pymoo.optimize import minimize
+        """Rows of the first and the last generation that meet the limits; at least one of the starts does."""
 
-        encoding = self.index.encoding
-        operators: dict[str, Any] = {
-            "sampling": np.maximum(starts, 0),
-            "crossover": UniformCrossover(),
-            "mutation": _redraw(encoding.choices),
-        }
-        algorithm = NSGA2(self.population, **operators)
-        result: Any = minimize(_problem(self, limits), algorithm, ("n_gen", self.generations), seed=seed)
-        rows = encoding.normalised(np.concatenate([np.maximum(starts, 0), result.pop.get("X")]).astype(np.int16))
-        rows = np.unique(rows, axis=0)
+        def evaluate(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            batch = SubnetBatch(self.index, rows)
+            return self._objectives(limits, batch), limits.excess(batch)
+
+        rows = evolve(self.index.encoding, evaluate, starts, self.population, self.generations, seed)
         return rows[limits.worst(SubnetBatch(self.index, rows)) <= 0]
 
-    # -- climbing ----------------------------------------------------------------------------------------------------
-
-    def _climb_from_best(self, limits: Limits, rows: np.ndarray, seed: int) -> np.ndarray:
+    def _climb_from_best(self, limits: Limits, rows: np.ndarray) -> np.ndarray:
         """Where climbing from each of the best subnets ends, of those that are alike the best one."""
         accuracy = self.predictor.predict(SubnetBatch(self.index, rows))
         left = rows[np.argsort(-accuracy, kind="stable")]
-        ends: list[np.ndarray] = []
+        climber, ends = self._climber(limits), list[np.ndarray]()
         while len(left) and len(ends) < _CLIMBS:
-            ends.append(self._climb(limits, left[0], seed))
+            ends.append(climber.climb(left[0], within))
             left = left[(left != left[0]).sum(axis=1) >= _APART]
         return np.unique(ends, axis=0)
 
-    def _climb(self, limits: Limits, row: np.ndarray, seed: int) -> np.ndarray:
-        """Take the best subnet within the limits that differs in one or two columns, until none is better."""
-        rng = np.random.default_rng(seed)
-        accuracy = float(self.predictor.predict(SubnetBatch(self.index, row[None]))[0])
-        for _ in range(_MOST_STEPS):
-            near = self._neighbours(row, rng)
-            near = near[limits.worst(SubnetBatch(self.index, near)) <= 0]
-            if not len(near):
-                break
-            found = self.predictor.predict(SubnetBatch(self.index, near))
-            best = int(np.argmax(found))
-            if not found[best] > accuracy:
-                break
-            row, accuracy = near[best], float(found[best])
-        return row
-
-    def _neighbours(self, row: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Rows that differ in one column, and in two; of many pairs a random part."""
-        encoding = self.index.encoding
-        columns = np.repeat(np.arange(encoding.num_columns), encoding.choices)
-        values = np.concatenate([np.arange(number) for number in encoding.choices])
-        keep = (row[columns] >= 0) & (row[columns] != values)
-        columns, values = columns[keep], values[keep]
-        single = np.repeat(row[None], len(columns), axis=0)
-        single[np.arange(len(columns)), columns] = values
-        first, second = np.triu_indices(len(columns), 1)
-        apart = columns[first] != columns[second]
-        first, second = first[apart], second[apart]
-        if len(first) > _MOST_PAIRS:
-            chosen = rng.choice(len(first), _MOST_PAIRS, replace=False)
-            first, second = first[chosen], second[chosen]
-        pairs = single[first]
-        pairs[np.arange(len(second)), columns[second]] = values[second]
-        return encoding.normalised(np.concatenate([single, pairs]))
+    def _climber(self, limits: Limits) -> Climber:
+        return Climber(self.index, self.predictor, limits)
 
 
 def describe(space: SearchSpace, subnet: SubnetConfig) -> str:
@@ -226,38 +179,3 @@ def _non_dominated(objectives: np.ndarray) -> np.ndarray:
     """Which rows no other row is at most equal to everywhere and less somewhere, bool `(num_rows,)`."""
     less = (objectives[:, None] <= objectives[None]).all(axis=2) & (objectives[:, None] < objectives[None]).any(axis=2)
     return np.asarray(~less.any(axis=0))
-
-
-def _problem(search: DeviceSearch, limits: Limits) -> Any:
-    """The search as pymoo states it."""
-    from pymoo.core.problem import Problem
-
-    encoding = search.index.encoding
-
-    class Specialisation(Problem):
-        def __init__(self) -> None:
-            objectives = 1 + max(len(limits.limits), 1)
-            bounds = {"xl": np.zeros(encoding.num_columns), "xu": encoding.choices - 1.0}
-            super().__init__(
-                n_var=encoding.num_columns, n_obj=objectives, n_ieq_constr=len(limits.limits), vtype=int, **bounds
-            )
-
-        def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            batch = SubnetBatch(search.index, encoding.normalised(x.astype(np.int16)))
-            out["F"] = search._objectives(limits, batch)
-            if limits.limits:
-                out["G"] = limits.excess(batch)
-
-    return Specialisation()
-
-
-def _redraw(choices: np.ndarray) -> Any:
-    """A mutation that draws some columns anew."""
-    from pymoo.core.mutation import Mutation
-
-    class Redraw(Mutation):
-        def _do(self, problem: Any, X: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-            redrawn = random_state.random(X.shape) < _MUTATED_COLUMNS / X.shape[1]
-            return np.where(redrawn, random_state.integers(choices, size=X.shape), X)
-
-    return Redraw()

@@ -61,9 +61,11 @@ def test_inference_memory_is_what_torch_is_seen_to_hold(family, norm):
         module, side = supernet.build(subnet).eval(), supernet.resolution(subnet)
         with torch.no_grad(), LiveTensors([*module.parameters(), *module.buffers()]) as live:
             module(torch.zeros(1, 1, side, side))
-        predicted = InferenceMemory(index).predict_one(subnet)
-        assert predicted.unit == "MB"
-        assert live.peak_bytes <= round(predicted.value * 1e6) <= 1.1 * live.peak_bytes
+        memory, batch = InferenceMemory(index), index.batch([subnet])
+        (predicted,) = memory.tensor_bytes(batch)
+        assert live.peak_bytes <= predicted <= 1.1 * live.peak_bytes
+        assert memory.predict_one(subnet).unit == "MB"
+        assert memory.predict(batch)[0] * 1e6 >= predicted
 
 
 def test_the_working_set_by_hand():

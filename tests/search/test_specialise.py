@@ -10,7 +10,7 @@ from cohorts import SPECS
 from fedofa.device.cost import LocalWork
 from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.memory import InferenceMemory
-from fedofa.device.models import Macs, Parameters
+from fedofa.device.models import Macs, Parameters, SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
 from fedofa.finetune.plans import build_plan
@@ -121,6 +121,30 @@ def test_an_impossible_limit_names_itself_and_the_nearest(everything, models, na
     assert "macs" not in str(caught.value)
     nearest = models[name].predict(INDEX.batch([caught.value.nearest]))[0]
     assert nearest == pytest.approx(costs.min())
+
+
+class CountingCost(SubnetCostModel):
+    """Counts the subnets that another model prices."""
+
+    def __init__(self, model):
+        super().__init__(model.index)
+        self.model, self.setting, self.unit, self.priced = model, model.setting, model.unit, 0
+
+    def predict(self, batch):
+        self.priced += len(batch)
+        return self.model.predict(batch)
+
+
+def test_an_impossible_limit_is_found_out_with_fewer_prices_than_a_search(everything, models):
+    costs = models["latency_ms"].predict(everything)
+
+    counting = CountingCost(models["latency_ms"])
+    search = DeviceSearch(INDEX, ZeroCostProxy(INDEX), [counting])
+    search.best(Limits((Limit(counting, float(np.quantile(costs, 0.3))),)))
+    possible, counting.priced = counting.priced, 0
+    with pytest.raises(InfeasibilityError):
+        search.best(Limits((Limit(counting, float(costs.min()) / 2),)))
+    assert 0 < counting.priced < possible / 4
 
 
 def test_a_limit_that_one_subnet_alone_meets_is_met(everything, models):

@@ -9,12 +9,14 @@ from conf.compose import compose_profile_conf
 from fedofa.device import engines, timing
 from fedofa.device.engines import Engine
 from fedofa.device.latency import Latency
+from fedofa.device.memory import InferenceMemory
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.profile import MeasuredDevice, check_machine, describe_machine, free_memory_bytes, load_device
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError, ProfileError
 from server import cli
+from server.forward_memory import forward_bytes
 from server.profile import _chunks, run_profile, summary_lines
 
 SMALL = ["supernet=small", "in_channels=1", "num_classes=10", "device_class=board"]
@@ -23,7 +25,7 @@ SMALL = ["supernet=small", "in_channels=1", "num_classes=10", "device_class=boar
 @pytest.fixture
 def device(monkeypatch, tmp_path):
     """A device of its own clock, on which a chain of operators takes 25% and 0.3 ms longer than they do alone."""
-    state = type("State", (), {"now": 0, "noise": lambda self: 1.0, "prepared": 0})()
+    state = type("State", (), {"now": 0, "noise": lambda self: 1.0, "prepared": 0, "runs": 0})()
     macs = {}
 
     class KnownEngine(Engine):
@@ -33,7 +35,12 @@ def device(monkeypatch, tmp_path):
             state.prepared += 1
             alone = sum(macs_of(operator) for operator in operators)
             milliseconds = alone if len(operators) == 1 else 1.25 * alone + 0.3
-            return lambda: setattr(state, "now", state.now + int(milliseconds * state.noise() * 1e6))
+
+            def run():
+                state.runs += 1
+                state.now += int(milliseconds * state.noise() * 1e6)
+
+            return run
 
     def macs_of(operator):
         if not macs:
@@ -45,6 +52,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setitem(engines.ENGINES, "torch", KnownEngine)
     monkeypatch.setattr("server.profile.training_macs_per_second", lambda spec, threads, clock: 1e9)
     monkeypatch.setattr("server.profile.memory_bytes_per_second", lambda clock: 1e10)
+    monkeypatch.setattr("server.profile.forward_bytes", lambda supernet, subnet: 1_000_000)
     monkeypatch.setitem(timing.CLOCKS, "wall", lambda: state.now)
     state.output = tmp_path / "runs" / "board.json"
     return state
@@ -70,7 +78,27 @@ def test_a_profile_predicts_whole_networks(device):
     index = OperatorIndex.of(small_supernet())
     batch = SubnetBatch(index, index.encoding.sample(np.random.default_rng(0), 5))
     assert (Latency(index, measured.latency).predict(batch) > 0.3).all()
-    assert any("held-out subnets: error" in line for line in summary_lines(measured))
+    lines = list(summary_lines(measured))
+    assert any("held-out subnets: error" in line for line in lines)
+    assert "memory of a forward pass of 5 subnets" in lines[-1]
+    memory = InferenceMemory(index)
+    assert measured.fit["memory_least_ratio"] == memory.predict_one(index.encoding.space.smallest()).value
+    assert measured.fit["memory_greatest_ratio"] == memory.predict_one(index.encoding.space.largest()).value
+
+
+@pytest.mark.slow
+def test_a_forward_pass_in_a_process_of_its_own_takes_what_is_predicted():
+    conf = compose_profile_conf(["supernet=published"])
+    supernet = {**conf.supernet, "in_channels": 3, "num_classes": 1000}
+    index = OperatorIndex.of(build_supernet(supernet))
+    for subnet in (index.encoding.space.smallest(), index.encoding.space.largest()):
+        measured, predicted = forward_bytes(supernet, subnet), InferenceMemory(index).predict_one(subnet).value * 1e6
+        assert measured <= predicted <= 1.1 * measured
+
+
+def test_a_forward_pass_that_fails_is_named():
+    with pytest.raises(ProfileError, match="memory of a forward pass: its process ended with .*nowhere"):
+        forward_bytes({"family": "nowhere"}, small_supernet().space.smallest())
 
 
 def test_rates_of_this_machine_are_those_of_a_computer():
@@ -90,13 +118,12 @@ def test_an_interrupted_profile_goes_on(device, monkeypatch):
     device.noise = interrupt
     with pytest.raises(KeyboardInterrupt):
         run_profile(settings(device))
-    kept = len(json.loads(device.output.with_name("board.json.part").read_text())["readings"])
-    device.noise, device.prepared = (lambda: 1.0), 0
+    kept = json.loads(device.output.with_name("board.json.part").read_text())["readings"]
+    device.noise, device.runs = (lambda: 1.0), 0
     resumed = run_profile(settings(device, "resume=true"))
-    left = device.prepared
-    device.prepared = 0
+    left, device.runs = device.runs, 0
     assert run_profile(settings(device)).latency == resumed.latency
-    assert 0 < kept == device.prepared - left
+    assert device.runs - left == 5 * sum(len(row) for row in kept.values()) > 0
 
 
 def test_a_noisy_device_is_refused_and_what_was_steady_is_kept(device):
@@ -111,8 +138,16 @@ def test_a_noisy_device_is_refused_and_what_was_steady_is_kept(device):
 
 def test_chunks_fit_into_memory():
     sizes = {"a": 9_000_000, "b": 8_000_000, "c": 7_000_000, "d": 40_000_000, "e": 1}
-    assert list(_chunks(list(sizes), sizes)) == [["a"], ["b", "c"], ["d"], ["e"]]
-    assert [len(chunk) for chunk in _chunks([str(n) for n in range(70)], {str(n): 1 for n in range(70)})] == [32, 32, 6]
+    assert list(_chunks(list(sizes), sizes, 16_000_000)) == [["a"], ["b", "c"], ["d"], ["e"]]
+    assert list(_chunks(list(sizes), sizes, 10**9)) == [list(sizes)]
+
+
+def test_a_small_device_measures_in_chunks_what_a_large_one_measures_at_once(device):
+    large = run_profile(settings(device))
+    prepared, device.prepared = device.prepared, 0
+    small = run_profile(settings(device, "memory_bytes=2e6"))
+    assert device.prepared == prepared
+    assert small.latency == large.latency
 
 
 def test_readings_of_other_settings_are_refused(device):
@@ -130,7 +165,7 @@ def test_readings_of_other_settings_are_refused(device):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engine=tflite", "engine: expected one of"),
+        ("engine=tflite", r"^engine: expected one of \['torch', 'onnxruntime'\], found 'tflite'$"),
         ("threads=0", "threads: expected at least 1"),
         ("calibration_subnets=2", "calibration_subnets: expected at least 8"),
         ("num_classes=0", "num_classes"),

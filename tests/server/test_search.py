@@ -15,7 +15,7 @@ from fedofa.device.profile import MeasuredDevice, describe_machine
 from fedofa.search.limits import Limit
 from fedofa.supernet.families import build_supernet
 from fedofa.types.device import DeviceProfile
-from fedofa.types.errors import ConfigError, DatasetError, InfeasibilityError, ProfileError
+from fedofa.types.errors import ConfigError, DatasetError, FedofaError, InfeasibilityError, ProfileError
 from fedofa.types.space import SubnetConfig
 from server import cli
 from server.outputs import subnet_row
@@ -105,7 +105,6 @@ def test_a_battery_tightens_energy(board, index):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["latency_ms=-3"], "latency_ms: expected a positive finite number of ms, found -3"),
         (["training_memory_mb=0"], "training_memory_mb: expected a positive"),
         (["plan=everything"], "unknown plan 'everything'"),
         (["chip.dram=-1"], "chip 'eyeriss', dram"),
@@ -118,17 +117,97 @@ def test_bad_settings_are_refused(board, overrides, message):
         run_search(compose_search_conf([*FAST, f"device={board}", *overrides]))
 
 
-def test_devices_that_are_none_are_refused(board, tmp_path):
-    with pytest.raises(ProfileError, match="cannot be read.*fedofa profile"):
-        run_search(compose_search_conf([*FAST, f"device={tmp_path / 'absent.json'}"]))
-    with pytest.raises(ProfileError, match="another machine"):
-        run_search(compose_search_conf([*FAST, f"device={board}", "any_machine=false"]))
-    with pytest.raises(ProfileError, match="is of family 'mobilenet_v3', the supernet of 'resnet'"):
-        run_search(compose_search_conf(["supernet=resnet50", f"device={board}"]))
-    damaged = tmp_path / "damaged.json"
-    damaged.write_text(board.read_text().replace('"cores": 99', '"cores": 98'))
-    with pytest.raises(ProfileError, match="damaged"):
-        run_search(compose_search_conf([*FAST, f"device={damaged}"]))
+def refused(*overrides):
+    """The error of a search, whole, with the kind of error."""
+    with pytest.raises(FedofaError) as caught:
+        run_search(compose_search_conf([*FAST, *overrides]))
+    return type(caught.value), str(caught.value)
+
+
+def test_profiles_of_another_machine_or_family_are_refused(board):
+    assert refused(f"device={board}", "any_machine=false") == (
+        ProfileError,
+        f"{board} is of another machine (cores: 99 there, {describe_machine()['cores']} here); profile this one into "
+        "another file",
+    )
+    assert refused("supernet=resnet50", f"device={board}") == (
+        ProfileError,
+        "latency table of 'x': it is of family 'mobilenet_v3', the supernet of 'resnet'; profile the device with this "
+        "supernet",
+    )
+
+
+def test_damaged_devices_are_refused(board, tmp_path):
+    path = tmp_path / "damaged.json"
+    path.write_text(board.read_text().replace('"cores": 99', '"cores": 98'))
+    damaged = f"{path} is damaged: its checksum does not match; profile the device again"
+    assert refused(f"device={path}") == (ProfileError, damaged)
+    path.write_text("{")
+    kind, text = refused(f"device={path}")
+    assert kind is ProfileError
+    assert text.startswith(f"{path} cannot be read: ") and text.endswith(f"`fedofa profile output={path}` makes one")
+    path.write_text("[]")
+    assert refused(f"device={path}") == (
+        ProfileError,
+        f"{path}: expected an object of format 'fedofa device profile 1', found []",
+    )
+    assert refused(f"device={tmp_path / 'absent.json'}")[1].startswith(f"{tmp_path / 'absent.json'} cannot be read: ")
+
+
+def test_tables_with_wrong_or_missing_times_are_refused(index, tmp_path):
+    table = roofline_table(
+        index, macs_per_second=1e8, bytes_per_second=1e9, launch_ms=0.02, engine="phone", source="made up"
+    ).to_json()
+    del table["checksum"]
+    key, path = next(iter(table["milliseconds"])), tmp_path / "table.json"
+    count = len(table["milliseconds"])
+    table["milliseconds"][key] = -1
+    path.write_text(json.dumps(table))
+    assert refused(f"device={path}") == (
+        ProfileError,
+        f"latency table of 'phone': 1 of {count} operators have no valid time; {key!r}: expected milliseconds, finite "
+        "and not negative, found -1; measure it again",
+    )
+    del table["milliseconds"][key]
+    path.write_text(json.dumps(table))
+    assert refused(f"device={path}") == (
+        ProfileError,
+        f"latency table of 'phone': 1 of the space's {count} operators are not in it, among them {key!r}; profile the "
+        "device with this supernet, or narrow the space (supernet.resolutions=[...]) to what was measured",
+    )
+
+
+UNITS = {
+    "latency_ms": "ms",
+    "inference_memory_mb": "MB",
+    "training_memory_mb": "MB",
+    "sram_kb": "KB",
+    "energy_mj": "mJ",
+    "bytes_up": "bytes",
+    "bytes_down": "bytes",
+    "macs": "MACs",
+    "parameters": "parameters",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_negative_budgets_are_refused(board, index, setting):
+    conf = compose_search_conf([*FAST, f"device={board}", f"{setting}=-3"])
+    with pytest.raises(ConfigError) as caught:
+        build_limits(conf, build_models(conf, index))
+    assert str(caught.value) == f"{setting}: expected a positive finite number of {UNITS[setting]}, found -3.0"
+
+
+def test_batteries_that_give_nothing_are_refused(board):
+    assert refused(f"device={board}", "energy_mj=5", "state_of_charge=0.1") == (
+        InfeasibilityError,
+        "battery: its charge of 10% is at or below the reserve of 20%, so no energy is left; charge it, or lower the "
+        "reserve",
+    )
+    assert refused(f"device={board}", "energy_mj=5", "state_of_charge=1.5") == (
+        ConfigError,
+        "battery: expected a state of charge in [0, 1] and a reserve in [0, 1), found 1.5 and 0.2",
+    )
 
 
 def test_settings_without_a_value_and_unknown_ones_are_named(capsys):

@@ -1,0 +1,97 @@
+"""What a forward pass takes in memory, measured in a process of its own (this module, JSON in, a number out).
+
+The figure is the growth of the process's resident memory, at its peak, beyond what torch takes that has its kernels
+loaded; the allocator gives freed tensors back at once, so that nothing else is resident.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedofa.finetune.memory import tune_allocator
+from fedofa.supernet.elastic import ElasticSupernet
+from fedofa.supernet.families import build_supernet
+from fedofa.supernet.layers import Network
+from fedofa.supernet.network import NetworkSpec
+from fedofa.types.errors import ConfigError, ProfileError
+from fedofa.types.space import SubnetConfig
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_SECONDS = 300
+_WARM_SIDE = 32
+
+
+def forward_bytes(supernet: Mapping[str, Any], subnet: SubnetConfig) -> int:
+    """The peak of a forward pass of one image, weights and image included, beyond the engine's floor.
+
+    Args:
+        supernet: its settings, as `build_supernet` takes them.
+        subnet: of its space.
+
+    Raises:
+        ProfileError: when the process fails, as it does where the system tells no peak.
+    """
+    task = json.dumps({"supernet": dict(supernet), "subnet": subnet.to_json()})
+    command = [sys.executable, "-m", "server.forward_memory"]
+    done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    try:
+        return int(done.stdout)
+    except ValueError as error:
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise ProfileError(
+            f"memory of a forward pass: its process ended with {last:.200}; use validate=false"
+        ) from error
+
+
+def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
+    """The peak beyond the floor.
+
+    A small image goes through the same layers first, so that kernels are loaded. Its network stays: what it would leave
+    in the heap could be used again, and would be missing from the figure.
+    """
+    tune_allocator()
+    torch.set_num_threads(1)
+    described = build_supernet(supernet)
+    if not isinstance(described, ElasticSupernet):
+        raise ConfigError(f"supernet: expected one of blocks, found {type(described).__name__}")
+    spec = described.network_spec(SubnetConfig.from_json(choices))
+    del described
+    warm = _forward(spec, _WARM_SIDE)
+    _reset_peak()
+    floor = _resident("VmRSS")
+    _forward(spec, spec.resolution)
+    peak = _resident("VmHWM")
+    del warm
+    return peak - floor
+
+
+def _forward(spec: NetworkSpec, side: int) -> nn.Module:
+    with torch.inference_mode():
+        network = Network(spec).to_empty(device="cpu").eval()
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.fill_(0.01)
+        network(torch.rand(1, spec.in_channels, side, side))
+    return network
+
+
+def _reset_peak() -> None:
+    _CLEAR.write_text("5")
+
+
+def _resident(name: str) -> int:
+    """Bytes of a line of the process's status: "VmRSS" now, "VmHWM" at the peak."""
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    print(_measure(given["supernet"], given["subnet"]))
