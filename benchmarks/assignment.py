@@ -22,9 +22,10 @@ from search import SPEC, made_up_predictor
 from simulation import print_load
 
 from fedofa.device.cost import LocalWork
-from fedofa.device.latency import Latency, LatencyTable, roofline_table
+from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.models import SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
+from fedofa.device.tables import LatencyTable
 from fedofa.device.training import PlannedPlaces, RoundCosts, round_factors
 from fedofa.finetune.plans import build_plan
 from fedofa.search.archive import build_archive

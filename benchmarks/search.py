@@ -25,11 +25,12 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded, as every com
 
 import numpy as np
 
-from fedofa.device.latency import Latency, LatencyTable, roofline_table
+from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.models import Macs, Parameters
 from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.profile import load_device
+from fedofa.device.tables import LatencyTable
 from fedofa.search.accuracy import NetworkPredictor, load_predictor
 from fedofa.search.learning import train_predictor
 from fedofa.search.limits import Limit, Limits

@@ -19,11 +19,12 @@ from flwr.app import Message
 
 from clients.device import MAX_DEVICE_BYTES, device_checksum, encode_probe, noise
 from clients.records import packed_buffer, packed_content
-from fedofa.device.latency import FORMAT as TABLE_FORMAT
-from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.latency import Latency
 from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, read_json
 from fedofa.device.sealed import seal, unseal
+from fedofa.device.tables import FORMAT as TABLE_FORMAT
+from fedofa.device.tables import LatencyTable
 from fedofa.types.errors import DeltaError, ProfileError, WireError
 from server.checkpoint import replace_file
 from server.fleet import ClientInfo

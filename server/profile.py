@@ -13,12 +13,13 @@ import numpy as np
 from conf.schema import ProfileConf
 from fedofa.device.correction import Fit, corrected_times
 from fedofa.device.engines import Engine, build_engine
-from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.latency import Latency
 from fedofa.device.memory import InferenceMemory
 from fedofa.device.models import MEGABYTE
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
 from fedofa.device.profile import MeasuredDevice, describe_machine, free_memory_bytes
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
+from fedofa.device.tables import LatencyTable
 from fedofa.device.timing import Measured, Readings, Timing, measure, refuse_unsteady, without_drift
 from fedofa.supernet.families import build_supernet
 from fedofa.types.device import DeviceProfile

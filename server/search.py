@@ -16,13 +16,14 @@ from rich.table import Table
 from conf.schema import SearchConf
 from fedofa.device.cost import LocalWork
 from fedofa.device.energy import Battery, Chip, Energy
-from fedofa.device.latency import FORMAT as TABLE_FORMAT
-from fedofa.device.latency import Latency, LatencyTable
+from fedofa.device.latency import Latency
 from fedofa.device.memory import InferenceMemory, WorkingSet
 from fedofa.device.models import BytesDown, Macs, Parameters, SubnetCostModel
 from fedofa.device.ofa_tables import load_ofa_table
 from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, check_machine, read_json
+from fedofa.device.tables import FORMAT as TABLE_FORMAT
+from fedofa.device.tables import LatencyTable
 from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import AccuracyPredictor, ZeroCostProxy, load_predictor

@@ -104,7 +104,7 @@ def _live(operator: Operator, *, scratch: bool) -> Iterator[int]:
             if part.squeeze_channels:
                 yield x + 2 * layers[-1].input_elements + part.mid_channels
             for layer in branch:
-                yield x + out + layer.input_elements + _made(layer, LITE_NORM)
+                yield x + out + layer.input_elements + _made(layer, LITE_NORM, scratch=scratch)
             yield x + (3 if branch else 2) * out
         case BottleneckSpec():
             yield x + _made(layers[0], operator.norm, scratch=scratch)

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from fedofa.device.latency import LatencyTable
 from fedofa.device.operators import Operator, OperatorIndex
+from fedofa.device.tables import LatencyTable
 from fedofa.supernet.network import MBConvSpec
 from fedofa.types.errors import ProfileError
 from fedofa.types.spaces import MOBILENET_V3, PROXYLESS

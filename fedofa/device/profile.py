@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedofa.device.latency import LatencyTable
 from fedofa.device.sealed import seal, unseal
+from fedofa.device.tables import LatencyTable
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, ProfileError
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
-from fedofa.device.latency import Latency, LatencyTable, roofline_table
+from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.ofa_tables import load_ofa_table, ofa_entries
 from fedofa.device.operators import OperatorIndex, SubnetBatch
+from fedofa.device.tables import LatencyTable
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.supernet.proxyless import ProxylessSpec

@@ -6,8 +6,9 @@ import os
 import pytest
 
 from conf.compose import compose_conf
-from fedofa.device.latency import Latency, LatencyTable, roofline_table
+from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.operators import OperatorIndex
+from fedofa.device.tables import LatencyTable
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SubnetConfig

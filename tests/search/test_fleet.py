@@ -8,9 +8,10 @@ import pytest
 from cohorts import SPECS
 
 from fedofa.device.cost import AnalyticCostModel, LocalWork
-from fedofa.device.latency import Latency, LatencyTable, roofline_table
+from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.models import Macs
 from fedofa.device.operators import OperatorIndex, SubnetBatch
+from fedofa.device.tables import LatencyTable
 from fedofa.device.training import BytesUp, PlannedPlaces, RoundCosts, TrainingMemory, round_factors
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import DenseLayer, NetworkPredictor, ZeroCostProxy
