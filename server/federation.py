@@ -32,7 +32,7 @@ from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
 from server.checkpoint import CheckpointStore
 from server.phases import FederatedShrinking
-from server.planning import Planner
+from server.planning import PLANNERS, BudgetedPlans, Planner
 from server.progress import say
 from server.resources import available_cores
 from server.rounds import RoundLog
@@ -130,7 +130,9 @@ def build_parts(conf: SimulateConf) -> Parts:
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):
         plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
-    search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
+    search = FitSearch(
+        supernet.space, supernet.block_costs, plans, AnalyticCostModel(), _plan_within(conf, supernet, training, images)
+    )
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     normalisation = supernet.normalisation or own
     by_clients = conf.evaluation.calibration == "clients"
@@ -261,6 +263,24 @@ def _plans(conf: FinetuneConf, *, parametrised: bool = False) -> list[list[PlanO
     ]
 
 
+def _plan_within(
+    conf: SimulateConf, supernet: Supernet, training: LocalTraining, images: ImageSet
+) -> BudgetedPlans | None:
+    """What makes plans for a device's memory, where the settings ask for such plans."""
+    finetune = conf.finetune
+    if finetune.planner == "cost":
+        return None
+    fixed = {"lean": finetune.lean, "micro_batch": finetune.micro_batch, "recompute": finetune.recompute != "auto"}
+    fixed |= {"shrinking.schedule": conf.shrinking.schedule != "none"}
+    clashes = [name for name, is_set in fixed.items() if is_set]
+    if clashes:
+        raise ConfigError(
+            f"finetune.planner=budget chooses every plan's levers itself; expected {clashes} as they are by default"
+        )
+    _, channels, height, width = images.images.shape
+    return BudgetedPlans(supernet, training, (channels, height, width), finetune.statistics)
+
+
 def _check(conf: SimulateConf) -> None:
     """Settings that only their meaning can refuse."""
     positive = {
@@ -298,6 +318,8 @@ def _check(conf: SimulateConf) -> None:
         )
     if conf.finetune.recompute not in _RECOMPUTE:
         raise ConfigError(f"finetune.recompute: expected one of {list(_RECOMPUTE)}, found {conf.finetune.recompute!r}")
+    if conf.finetune.planner not in PLANNERS:
+        raise ConfigError(f"finetune.planner: expected one of {list(PLANNERS)}, found {conf.finetune.planner!r}")
     if conf.finetune.decay not in _DECAYS:
         raise ConfigError(f"finetune.decay: expected one of {list(_DECAYS)}, found {conf.finetune.decay!r}")
     if not conf.finetune.plans:

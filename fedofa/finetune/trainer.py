@@ -111,23 +111,8 @@ def fine_tune(
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
     _check_levers(plan, training)
-    losses = []
     objective = objective or label_objective(labels, training.label_smoothing)
-    inputs = inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
-    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
-    with planned(model, plan, rounding) as parameters:
-        optimiser = _build_optimiser(parameters, training)
-        anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
-        with _stepping_in_backward(parameters, optimiser, plan):
-            for batch in _batches(len(labels), training, generator):
-                for parameter in parameters:
-                    parameter.grad = None
-                images = shifted(inputs[batch], training.max_shift, generator)
-                losses.append(_backward(model, images, batch, plan, objective))
-                _add_proximal_gradient(parameters, anchors, training.proximal_mu)
-                if training.max_gradient_norm:
-                    nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
-                optimiser.step()
+    parameters, losses = run_steps(model, plan, inputs, training, generator, objective)
     weights = {
         name: parameter.detach().cpu().numpy() - received[name]
         for name, parameter in zip(plan.trainable, parameters, strict=True)
@@ -135,9 +120,44 @@ def fine_tune(
     return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()))
 
 
+def run_steps(
+    model: nn.Module,
+    plan: FineTunePlan,
+    inputs: Tensor,
+    training: LocalTraining,
+    generator: torch.Generator,
+    objective: Objective,
+) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The steps of `fine_tune`, on any device: what trained, in the plan's order, and the loss of every batch."""
+    losses = []
+    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
+    with planned(model, plan, rounding) as parameters:
+        optimiser = _build_optimiser(parameters, training)
+        anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
+        with _stepping_in_backward(parameters, optimiser, plan):
+            for batch in _batches(len(inputs), training, generator):
+                for parameter in parameters:
+                    parameter.grad = None
+                images = channels_innermost(shifted(inputs[batch], training.max_shift, generator))
+                losses.append(_backward(model, images, batch, plan, objective))
+                _add_proximal_gradient(parameters, anchors, training.proximal_mu)
+                if training.max_gradient_norm:
+                    nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+                optimiser.step()
+    return parameters, losses
+
+
 def label_objective(labels: Tensor, label_smoothing: float) -> Objective:
     """Mean cross-entropy against the labels `(num_examples,)`."""
     return lambda logits, batch: functional.cross_entropy(logits, labels[batch], label_smoothing=label_smoothing)
+
+
+def channels_innermost(images: Tensor) -> Tensor:
+    """Images `(batch, channels, height, width)` in the layout that models train in; other tensors as they are.
+
+    One batch at a time: a copy of all examples would stay in memory as long as a client trains.
+    """
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 def shifted(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
@@ -234,3 +254,8 @@ def batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]
     if len(starts) > 1 and num_examples - starts[-1] == 1:
         starts.pop()
     return zip(starts, [*starts[1:], num_examples], strict=True)
+
+
+def largest_batch(num_examples: int, batch_size: int) -> int:
+    """Examples of the largest batch."""
+    return max((end - start for start, end in batch_bounds(num_examples, batch_size)), default=0)

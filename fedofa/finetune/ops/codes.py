@@ -29,7 +29,9 @@ def flat(x: Tensor) -> Tensor:
 
 def like(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The tensor itself where it lies in memory with these strides, else a copy that does."""
-    return x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype).copy_(x)
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _chunks(count: int) -> Iterator[slice]:
@@ -45,13 +47,13 @@ def pack_bits(values: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_bits`."""
-    return torch.index_select(_bit_table(torch.bool), 0, packed.int()).view(-1)[:count]
+    return torch.index_select(_bit_table(torch.bool, packed.device), 0, packed.int()).view(-1)[:count]
 
 
 @lru_cache(maxsize=8)
-def _bit_table(dtype: torch.dtype) -> Tensor:
+def _bit_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The eight bits of every byte, `(256, 8)`, the lowest first."""
-    return (torch.arange(256).view(256, 1) >> torch.arange(8) & 1).to(dtype)
+    return (torch.arange(256, device=device).view(256, 1) >> torch.arange(8, device=device) & 1).to(dtype)
 
 
 def pack_inside(result: Tensor, upper: float | None) -> Tensor:
@@ -61,7 +63,7 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
         result: `dense`, of any shape; what a clamp to [0, upper] gave, or to [0, infinity) for None.
     """
     values = flat(result)
-    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8)
+    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=values.device)
     for part in _chunks(values.numel()):
         inside = values[part].to(torch.bool)
         if upper is not None:
@@ -73,7 +75,7 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
 def gradient_inside(grad: Tensor, packed: Tensor, slope: float) -> Tensor:
     """The result's gradient times `slope` where the bit is set, 0 elsewhere; `grad` lies as the packed result did."""
     out = torch.empty_like(grad)
-    source, target, table = flat(grad), flat(out), _bit_table(grad.dtype) * slope
+    source, target, table = flat(grad), flat(out), _bit_table(grad.dtype, grad.device) * slope
     for part in _chunks(source.numel()):
         bits = torch.index_select(table, 0, packed[part.start // 8 : -(-part.stop // 8)].int()).view(-1)
         torch.mul(source[part], bits[: part.stop - part.start], out=target[part])
@@ -87,7 +89,7 @@ def pack_swish(x: Tensor) -> Tensor:
         x: `dense`, the input of a hard swish.
     """
     values = flat(x)
-    packed = torch.empty(values.numel(), dtype=torch.uint8)
+    packed = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
     for part in _chunks(values.numel()):
         packed[part] = (values[part] + 3).mul_(_SWISH_CELLS / 6).add_(1).clamp_(0, 255)
     return packed

@@ -86,7 +86,7 @@ class Keeper:
         padded = torch.nn.functional.pad(values, (0, -count % _GROUP)).view(-1, _GROUP)
         least, most = padded.aminmax(dim=1, keepdim=True)
         step = (most - least).div_(levels).clamp_(min=torch.finfo(x.dtype).tiny)
-        noise = torch.rand(padded.shape, generator=self._generator, dtype=x.dtype)
+        noise = torch.rand(padded.shape, generator=self._generator, dtype=x.dtype, device=x.device)
         codes = noise.add_((padded - least).div_(step)).clamp_(0, levels).to(torch.uint8)
         if levels == 15:
             codes = codes[:, ::2] | codes[:, 1::2] << 4
