@@ -268,6 +268,8 @@ def _plan_within(
 ) -> BudgetedPlans | None:
     """What makes plans for a device's memory, where the settings ask for such plans."""
     finetune = conf.finetune
+    if finetune.planner not in PLANNERS:
+        raise ConfigError(f"finetune.planner: expected one of {list(PLANNERS)}, found {finetune.planner!r}")
     if finetune.planner == "cost":
         return None
     fixed = {"lean": finetune.lean, "micro_batch": finetune.micro_batch, "recompute": finetune.recompute != "auto"}
@@ -318,8 +320,6 @@ def _check(conf: SimulateConf) -> None:
         )
     if conf.finetune.recompute not in _RECOMPUTE:
         raise ConfigError(f"finetune.recompute: expected one of {list(_RECOMPUTE)}, found {conf.finetune.recompute!r}")
-    if conf.finetune.planner not in PLANNERS:
-        raise ConfigError(f"finetune.planner: expected one of {list(PLANNERS)}, found {conf.finetune.planner!r}")
     if conf.finetune.decay not in _DECAYS:
         raise ConfigError(f"finetune.decay: expected one of {list(_DECAYS)}, found {conf.finetune.decay!r}")
     if not conf.finetune.plans:

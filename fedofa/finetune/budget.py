@@ -94,9 +94,7 @@ class _Ladder:
 
     def batches(self) -> list[FineTunePlan]:
         """Lean plans with ever larger micro-batches, the whole batch last."""
-        plan = build_plan(
-            self.kind, self.supernet.block_costs(self.subnet), statistics=self.statistics, lean=True
-        )
+        plan = build_plan(self.kind, self.supernet.block_costs(self.subnet), statistics=self.statistics, lean=True)
         sizes = [self.batch >> shift for shift in range(1, self.batch.bit_length())] if self._divides else []
         return [*(replace(plan, micro_batch=size) for size in reversed(sizes)), plan]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.plans import build_plan
-from fedofa.finetune.trainer import LocalTraining, fine_tune, label_objective, largest_batch, run_steps
+from fedofa.finetune.trainer import LocalTraining, batch_bounds, fine_tune, label_objective, largest_batch, run_steps
 from fedofa.supernet.base import fill_skeleton
 from fedofa.supernet.mbconv import StageSpec
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
+from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
 from fedofa.types.plan import FineTunePlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
@@ -30,6 +32,7 @@ _MMAP_BYTES = 1 << 16
 _PAGE_BYTES = 1 << 12
 _CHUNK_BYTES = 96
 """What glibc spends on a small aligned block: its header and the alignment to 64 bytes."""
+
 
 def tune_allocator() -> bool:
     """Have glibc give every freed tensor of 64 KB or more back at once, in this process; False where it is not glibc.
@@ -54,20 +57,18 @@ class TrainingMemory:
         input_bytes: all examples of the client.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
             or that the delta takes beside gradients and state, after the last step.
-        num_modules: layers of the model, containers included, which are objects of the interpreter.
-        num_kernels: distinct convolutions that the steps run, for each of which machine code is made.
+        num_kernels: distinct convolutions that a process runs, of every size of batch.
     """
 
     weight_bytes: int
     input_bytes: int
     step_bytes: int
-    num_modules: int
     num_kernels: int
 
     @property
     def engine_bytes(self) -> int:
-        """What no tensor shows."""
-        return _BASE_BYTES + self.num_modules * _MODULE_BYTES + self.num_kernels * _KERNEL_BYTES
+        """What no tensor shows: kernels, and the rest of the process."""
+        return _PROCESS_BYTES + self.num_kernels * _KERNEL_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -75,27 +76,41 @@ class TrainingMemory:
         return self.weight_bytes + self.input_bytes + self.step_bytes + self.engine_bytes
 
 
-_BASE_BYTES, _MODULE_BYTES, _KERNEL_BYTES = 4 << 20, 8 << 10, 24 << 10
+_KERNEL_BYTES = 1 << 16
+"""For every shape of a convolution oneDNN makes machine code and a description, 30 KB on average; small blocks that are
+allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
+_PROCESS_BYTES = 5 << 20
+"""The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
 
 
 def warm_up() -> None:
-    """Train a tiny network for a step, so that what this process then holds is the engine's floor.
+    """Train two tiny networks for a step, so that what this process then holds is the engine's floor.
 
     The first step of a process loads the kernels of torch and of the libraries below it and sets up their buffers,
-    whatever the network is.
+    whatever the network is. Between the two there is every kind of layer: depthwise and dense convolutions, both norms,
+    squeeze-excite, both poolings.
     """
-    stage = StageSpec(8, 2, "h_swish", True)
-    spec = MobileNetV3Spec(
-        *(3, 2, 8, 2, 8, 1, (stage,), 16, 16), kernels=(3, 5), depths=(1,), resolutions=(16,), norm="group"
+    stages = (StageSpec(8, 2, "h_swish", True), StageSpec(8, 1, "relu6", False))
+    inverted = MobileNetV3Spec(
+        *(3, 2, 8, 2, 8, 1, stages, 16, 16), kernels=(3, 5), depths=(1,), resolutions=(16,), norm="group"
     )
-    supernet = MobileNetV3Supernet(spec)
-    subnet = supernet.space.largest()
-    tensors = {item.name: torch.zeros(item.shape) for item in supernet.slice_map(subnet)}
-    received = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
-    model = fill_skeleton(supernet.structure(subnet), tensors)
-    plan = build_plan("full", supernet.block_costs(subnet), lean=True)
-    inputs, labels = torch.zeros(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
-    fine_tune(model, plan, received, inputs, labels, LocalTraining(max_steps=2), torch.Generator().manual_seed(0))
+    residual = ResNetSpec(
+        *(3, 2, 16, 2, (ResidualStageSpec(32, 1, 1), ResidualStageSpec(32, 1, 2))),
+        expands=(0.25,),
+        depths=(0, 1),
+        widths=(1.0,),
+        resolutions=(32,),
+        norm="batch",
+    )
+    for supernet in (MobileNetV3Supernet(inverted), ResNetSupernet(residual)):
+        subnet = supernet.space.largest()
+        tensors = {item.name: torch.zeros(item.shape) for item in supernet.slice_map(subnet)}
+        received = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        model = fill_skeleton(supernet.structure(subnet), tensors)
+        plan = build_plan("full", supernet.block_costs(subnet), statistics="frozen", lean=True)
+        side = supernet.resolution(subnet) or 0
+        inputs, labels = torch.zeros(2, 3, side, side), torch.zeros(2, dtype=torch.int64)
+        fine_tune(model, plan, received, inputs, labels, LocalTraining(max_steps=2), torch.Generator().manual_seed(0))
 
 
 def training_memory(
@@ -118,6 +133,7 @@ def training_memory(
     recipe = replace(training, optimiser="sgd", learning_rate=0.0, momentum=0.0, max_steps=1, batch_size=seen)
     inputs = torch.zeros(seen, *input_shape, device="meta")
     objective = label_objective(torch.zeros(seen, dtype=torch.int64, device="meta"), training.label_smoothing)
+    use_channels_last(structure)
     with LiveBytes((inputs, *structure.parameters(), *structure.buffers())) as live:
         run_steps(structure, plan, inputs, recipe, torch.Generator().manual_seed(0), objective)
     state = structure.state_dict()
@@ -129,9 +145,16 @@ def training_memory(
         weight_bytes=2 * sum(resident_bytes(tensor.nbytes) for tensor in state.values()),
         input_bytes=resident_bytes(example * num_examples),
         step_bytes=max(live.peak + unseen + slots * trained, (2 + slots) * trained),
-        num_modules=sum(1 for _ in structure.modules()),
-        num_kernels=len(live.kernels),
+        num_kernels=len(live.kernels) * len(set(_part_sizes(plan, training, num_examples))),
     )
+
+
+def _part_sizes(plan: FineTunePlan, training: LocalTraining, num_examples: int) -> Iterator[int]:
+    """How many examples go through the network at a time."""
+    bounds = list(batch_bounds(num_examples, training.batch_size))
+    for start, end in bounds[: training.max_steps or len(bounds)]:
+        size = plan.micro_batch or end - start
+        yield from (min(size, end - first) for first in range(start, end, size))
 
 
 def resident_bytes(size: int) -> int:
@@ -141,7 +164,38 @@ def resident_bytes(size: int) -> int:
     return -(-(size + _CHUNK_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
 
 
-_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_CONVOLUTIONS = (_CONVOLUTION, _CONVOLUTION_BACKWARD)
+_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+_LANES = 16
+"""Channels that oneDNN puts side by side in its own layouts, for registers of 512 bits."""
+
+
+def scratch_bytes(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """What torch 2.13's kernels for an operation take beside its arguments and its results, as its profiler shows it.
+
+    oneDNN copies a convolution's weight, and its input where channels are not innermost, into layouts of its own. The
+    weight's gradient is computed in such a layout, in which the channels of every group are filled up to 16 on both
+    sides (256 times the gradient of a depthwise convolution), and copied. The gradient of batch norm copies its input.
+    """
+    if func is _CONVOLUTION:
+        x, weight = args[:2]
+        given = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
+        return given + weight.nbytes * _filled(weight.shape[0]) // weight.shape[0]
+    if func is _CONVOLUTION_BACKWARD and args[-1][1]:
+        weight, groups = args[2], args[-2]
+        kernel = weight.shape[2:].numel() * weight.element_size()
+        return groups * _filled(weight.shape[0] // groups) * _filled(weight.shape[1]) * kernel + weight.nbytes
+    return args[0].nbytes if func is _NORM_BACKWARD else 0
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // _LANES) * _LANES
 
 
 class LiveBytes(TorchDispatchMode):
@@ -170,9 +224,12 @@ class LiveBytes(TorchDispatchMode):
             shapes = (tuple(item.shape) if isinstance(item, Tensor) else str(item) for item in args)
             self.kernels.add((func, *shapes))
         result = func(*args, **(kwargs or {}))
+        if func is _CONVOLUTION and result.is_meta and any(map(_channels_innermost, args[:2])):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a CPU; meta convolutions forget it
         for item in tree_iter(result):
             if isinstance(item, Tensor):
                 self._follow(item.untyped_storage())
+        self.peak = max(self.peak, self.live + scratch_bytes(func, args))
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:

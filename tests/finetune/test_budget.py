@@ -120,7 +120,9 @@ def test_levers_come_in_the_order_of_their_cost_and_the_plan_says_why():
     assert fused.plan.micro_batch == 0
 
 
-@pytest.mark.parametrize("levers", [{}, {"micro_batch": 2}, {"recompute": True}, {"kept": "int8"}, {"fused_step": True}])
+@pytest.mark.parametrize(
+    "levers", [{}, {"micro_batch": 2}, {"recompute": True}, {"kept": "int8"}, {"fused_step": True}]
+)
 def test_shapes_alone_tell_what_a_real_step_takes(levers):
     """The same steps on the meta device and on the CPU, whose convolutions may lay their results out otherwise."""
     plan = build_plan("full", BLOCKS, lean=True)

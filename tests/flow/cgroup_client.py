@@ -61,7 +61,9 @@ def main() -> None:
     chosen = FineTunePlan.from_json(json.loads(plan))
     result = fine_tune(model, chosen, received, inputs, labels, training, torch.Generator().manual_seed(0))
     moved = sum(float(np.abs(values).max()) > 0 for values in result.weights.values())
-    print(json.dumps({"done": True, "steps": result.num_steps, "moved": moved, "finite": np.isfinite(result.loss).item()}))
+    print(
+        json.dumps({"done": True, "steps": result.num_steps, "moved": moved, "finite": np.isfinite(result.loss).item()})
+    )
 
 
 if __name__ == "__main__":
