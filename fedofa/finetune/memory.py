@@ -79,7 +79,7 @@ class TrainingMemory:
 _KERNEL_BYTES = 1 << 16
 """For every shape of a convolution oneDNN makes machine code and a description, 30 KB on average; small blocks that are
 allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
-_PROCESS_BYTES = 5 << 20
+_PROCESS_BYTES = 9 << 19
 """The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
 
 
