@@ -111,13 +111,12 @@ def test_levers_come_in_the_order_of_their_cost_and_the_plan_says_why():
         assert budget == 10**10 or f"of {budget:,} bytes" in found.reason
         names.append(found.plan)
         budget = found.memory.total_bytes - 1
-    assert [plan.micro_batch for plan in names[:4]] == [0, 4, 2, 1]
-    assert "recompute" in names[4].levers
-    assert all("compressed" not in plan.levers for plan in names[:5])
-    fused = plan_for_budget(
-        SUPERNET, SUBNET, replace(TRAINING, batch_size=1), 16, SHAPE, plan_in(10**10).memory.total_bytes
-    )
-    assert fused.plan.micro_batch == 0
+    assert [plan.micro_batch for plan in names] == [0, 4, 2, 1, 1, 1]
+    assert [plan.kept for plan in names] == [*4 * ["float32"], "bfloat16", "int8"]  # segments gain nothing here
+    assert all("recompute" in plan.levers for plan in names[4:])
+    alone = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, SHAPE, 10**10)
+    fused = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, SHAPE, alone.memory.total_bytes - 1)
+    assert (alone.plan.levers, fused.plan.levers) == (frozenset({"lean"}), frozenset({"lean", "fused_step"}))
 
 
 @pytest.mark.parametrize(
