@@ -234,6 +234,7 @@ class FinetuneConf:
     """How clients train (see fedofa.finetune)."""
 
     plans: list[str] = MISSING  # in order of preference; names as in fedofa.finetune.plans.KINDS
+    planner: str = MISSING  # "cost": plans with the levers below | "budget": levers chosen for each device's memory
     recompute: str = MISSING  # gradient checkpointing: "auto" where it buys a larger subnet | "never" | "always"
     statistics: str = MISSING  # batch norm: "batch" | "frozen"
     lean: bool = MISSING  # operations that keep only what their gradients need

@@ -38,7 +38,7 @@ from server.checkpoint import CheckpointStore
 from server.compiled import unfit_engines
 from server.devices import DeviceFolder
 from server.phases import FederatedShrinking
-from server.planning import Planner
+from server.planning import PLANNERS, BudgetedPlans, Planner
 from server.progress import say
 from server.resources import available_cores
 from server.rounds import RoundLog
@@ -153,7 +153,9 @@ def build_parts(conf: SimulateConf) -> Parts:
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):
         plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
-    search = FitSearch(supernet.space, supernet.block_costs, plans, AnalyticCostModel())
+    search = FitSearch(
+        supernet.space, supernet.block_costs, plans, AnalyticCostModel(), _plan_within(conf, supernet, training, images)
+    )
     schedule = _schedule(conf, supernet, data)
     assigner = _assigner(conf, supernet, plans)
     parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner)
@@ -299,6 +301,26 @@ def _plans(
         [partial(build_plan, name, recompute=again, **settings) for again in _RECOMPUTE[conf.recompute]]
         for name in conf.plans
     ]
+
+
+def _plan_within(
+    conf: SimulateConf, supernet: Supernet, training: LocalTraining, images: ImageSet
+) -> BudgetedPlans | None:
+    """What makes plans for a device's memory, where the settings ask for such plans."""
+    finetune = conf.finetune
+    if finetune.planner not in PLANNERS:
+        raise ConfigError(f"finetune.planner: expected one of {list(PLANNERS)}, found {finetune.planner!r}")
+    if finetune.planner == "cost":
+        return None
+    fixed = {"lean": finetune.lean, "micro_batch": finetune.micro_batch, "recompute": finetune.recompute != "auto"}
+    fixed |= {"shrinking.schedule": conf.shrinking.schedule != "none"}
+    clashes = [name for name, is_set in fixed.items() if is_set]
+    if clashes:
+        raise ConfigError(
+            f"finetune.planner=budget chooses every plan's levers itself; expected {clashes} as they are by default"
+        )
+    _, channels, height, width = images.images.shape
+    return BudgetedPlans(supernet, training, (channels, height, width), finetune.statistics)
 
 
 def _check(conf: SimulateConf) -> None:

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from fedofa.device.cost import LocalWork, RoundCost
+from fedofa.finetune.budget import BudgetedPlan, BudgetError, plan_for_budget
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
+from fedofa.supernet.base import Supernet
 from fedofa.supernet.costs import BlockCost
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from server.assignment import FleetAssigner
 from server.fleet import ClientInfo, FleetPlan, plan_fleet, plan_uniform
+
+PLANNERS = ("cost", "budget")
+
+
+class BudgetedPlans:
+    """Makes plans that keep to a device's memory (`fedofa.finetune.budget`), each once.
+
+    Plans are shared by subnet, kind, memory and a bucket of the number of examples: the next larger one that is a power
+    of two of whole batches, and one.
+
+    Args:
+        supernet: the structure is enough.
+        training: the clients' recipe.
+        image_shape: `(channels, height, width)` of the clients' images.
+        statistics: batch norm's mode.
+    """
+
+    def __init__(
+        self, supernet: Supernet, training: LocalTraining, image_shape: tuple[int, int, int], statistics: str
+    ) -> None:
+        self._supernet, self._training, self._statistics = supernet, training, statistics
+        self._image_shape = image_shape
+        self._known = lru_cache(maxsize=4096)(self._plan)
+
+    def __call__(
+        self, subnet: SubnetConfig, kind: str, work: LocalWork, memory_bytes: float
+    ) -> tuple[FineTunePlan, int]:
+        """The plan and what it takes in bytes.
+
+        Raises:
+            BudgetError: when no plan of that kind fits.
+        """
+        found = self._known(subnet, kind, self._bucket(work.num_examples), int(memory_bytes))
+        if isinstance(found, BudgetError):
+            raise found
+        return found.plan, found.memory.total_bytes
+
+    def _bucket(self, num_examples: int) -> int:
+        """As many examples or more, and a last batch that one more example has joined."""
+        batch = self._training.batch_size
+        if num_examples <= batch:
+            return num_examples
+        return batch * (1 << max(0, math.ceil(math.log2((num_examples - 1) / batch)))) + 1
+
+    def _plan(
+        self, subnet: SubnetConfig, kind: str, num_examples: int, memory_bytes: int
+    ) -> BudgetedPlan | BudgetError:
+        channels, height, width = self._image_shape
+        side = self._supernet.resolution(subnet)
+        shape = (channels, side or height, side or width)
+        try:
+            return plan_for_budget(
+                *(self._supernet, subnet, self._training, num_examples, shape, memory_bytes),
+                kinds=(kind,),
+                statistics=self._statistics,
+            )
+        except BudgetError as error:
+            return error
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fedofa.finetune.memory import TrainingMemory, training_memory
 from fedofa.finetune.plans import build_plan, choose_segments
-from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.recipe import LocalTraining, largest_batch
 from fedofa.finetune.sparse import Contributions
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.costs import BlockCost
@@ -22,10 +22,19 @@ KINDS = ("full", "last_blocks(4)", "bias", "head")
 
 @dataclass(frozen=True, slots=True)
 class BudgetedPlan:
-    """A plan that fits, and the memory that training under it takes."""
+    """A plan that fits, the memory that training under it takes, and why no better one was taken."""
 
     plan: FineTunePlan
     memory: TrainingMemory
+    reason: str
+
+
+class BudgetError(InfeasibilityError):
+    """No plan fits a memory budget; `smallest_bytes` is the smallest budget that one would fit."""
+
+    def __init__(self, message: str, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes
 
 
 def plan_for_budget(
@@ -42,8 +51,9 @@ def plan_for_budget(
 ) -> BudgetedPlan:
     """The first kind of plan that fits at all, with the levers that cost it the least time.
 
-    Operations are lean in every plan. The largest micro-batch that fits is taken, halved from the batch; where the
-    smallest does not, checkpointed segments come to it; then activations of 8 bits, which are no longer exact.
+    Operations are lean in every plan. The largest micro-batch that fits is taken, of the batch and its halves. Where
+    the smallest does not fit, the optimiser's step is fused into the backward pass, if it can be; then checkpointed
+    segments come to it; then activations of 16 and of 8 bits, which are no longer exact.
 
     Args:
         training: the recipe, whose batch size the gradients are those of.
@@ -55,61 +65,106 @@ def plan_for_budget(
         contributions: of the supernet's layers; only "sparse" kinds need them.
 
     Raises:
-        ConfigError: when there are no kinds, or batch norm would take statistics of micro-batches.
-        InfeasibilityError: when nothing fits; it names the smallest budget that would do.
+        ConfigError: when there are no kinds, or "sparse" lacks contributions.
+        BudgetError: when nothing fits; it names the smallest budget that would do.
     """
-    estimate = _Estimate(supernet.build(subnet), training, num_examples, input_shape)
-    blocks = supernet.block_costs(subnet)
-    least: tuple[int, str] | None = None
-    for kind in kinds:
-        lean = build_plan(kind, blocks, statistics=statistics, lean=True, contributions=contributions)
-        for ladder in _ladders(blocks, lean, min(training.batch_size, num_examples)):
-            smallest = estimate.of(ladder[-1])
-            if smallest.total_bytes <= memory_bytes:
-                return _first_that_fits(ladder, estimate, memory_bytes)
-            least = min(least or (smallest.total_bytes, kind), (smallest.total_bytes, kind))
-    if least is None:
+    if not kinds:
         raise ConfigError("plan_for_budget, kinds: expected at least one kind of plan, found none")
-    raise InfeasibilityError(
-        f"no plan trains this subnet of {subnet.family!r} in {memory_bytes:,} bytes; plan {least[1]!r} would in "
-        f"{least[0]:,}: give it that much, or take a smaller subnet"
+    search = _Search(supernet.structure(subnet), training, num_examples, input_shape, memory_bytes, [])
+    batch = largest_batch(num_examples, training.batch_size)
+    blocks = supernet.block_costs(subnet)
+    for kind in kinds:
+        plan = build_plan(kind, blocks, statistics=statistics, lean=True, contributions=contributions)
+        ladder = _Ladder(plan, blocks, training, batch)
+        found = search.largest(ladder.batches()) or search.first(ladder.tighter())
+        if found is not None:
+            return found
+    least, name = min(search.refused)
+    raise BudgetError(
+        f"no plan trains this subnet of {subnet.family!r} in {memory_bytes:,} bytes; plan {name!r} would in "
+        f"{least:,}: give it that much, or take a smaller subnet",
+        least,
     )
 
 
-def _first_that_fits(ladder: Sequence[FineTunePlan], estimate: _Estimate, memory_bytes: int) -> BudgetedPlan:
-    """The first plan of a ladder whose last one fits; plans take less and less memory along it."""
-    for plan in ladder[:-1]:
-        memory = estimate.of(plan)
-        if memory.total_bytes <= memory_bytes:
-            return BudgetedPlan(plan, memory)
-    return BudgetedPlan(ladder[-1], estimate.of(ladder[-1]))
+@dataclass(frozen=True, slots=True)
+class _Ladder:
+    """The plans that train what a lean plan does, for a subnet's blocks, a recipe and a batch."""
+
+    plan: FineTunePlan
+    blocks: Sequence[BlockCost]
+    training: LocalTraining
+    batch: int
+
+    def batches(self) -> list[FineTunePlan]:
+        """Plans with ever larger micro-batches, the whole batch last."""
+        sizes = [self.batch >> shift for shift in range(1, self.batch.bit_length())] if self._divides else []
+        return [*(replace(self.plan, micro_batch=size) for size in reversed(sizes)), self.plan]
+
+    def tighter(self) -> Iterator[FineTunePlan]:
+        """What takes less than the smallest micro-batch, at more and more cost."""
+        plan = self.batches()[0]
+        recipe = self.training
+        if not plan.micro_batch and recipe.optimiser == "sgd" and not (recipe.max_gradient_norm or recipe.proximal_mu):
+            plan = replace(plan, fused_step=True)
+            yield plan
+        segments = choose_segments(self.blocks, plan.changes)
+        if segments:
+            plan = replace(plan, recompute=segments)
+            yield plan
+        yield replace(plan, kept="bfloat16")
+        yield replace(plan, kept="int8")
+
+    @property
+    def _divides(self) -> bool:
+        return self.plan.statistics == "frozen" or not any(block.num_statistics for block in self.blocks)
 
 
-def _ladders(blocks: Sequence[BlockCost], lean: FineTunePlan, batch: int) -> Iterator[list[FineTunePlan]]:
-    """Rows of plans like a lean one, each plan smaller than the one before; later rows cost more time or exactness."""
-    sizes = [size for size in (batch >> shift for shift in range(1, batch.bit_length())) if size]
-    if lean.statistics == "batch" and any(block.num_statistics for block in blocks):
-        sizes = []
-    halved = [lean, *(replace(lean, micro_batch=size) for size in sizes)]
-    yield halved
-    segments = choose_segments(blocks, lean.changes)
-    if segments:
-        yield [replace(halved[-1], recompute=segments)]
-    yield [replace(halved[-1], recompute=segments, kept="int8")]
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Tries plans of one subnet and client; `refused` are those that did not fit: what they take, and their names."""
+
+    structure: nn.Module
+    training: LocalTraining
+    num_examples: int
+    input_shape: tuple[int, int, int]
+    memory_bytes: int
+    refused: list[tuple[int, str]]
+
+    def largest(self, growing: Sequence[FineTunePlan]) -> BudgetedPlan | None:
+        """The last of them that fits, where each takes more than the one before; those beyond it are not tried."""
+        best = None
+        for plan in growing:
+            found = self._fit(plan)
+            if found is None:
+                break
+            best = found
+        return best if best is None else replace(best, reason=self._reason())
+
+    def first(self, plans: Iterator[FineTunePlan]) -> BudgetedPlan | None:
+        """The first of them that fits."""
+        found = next((fit for plan in plans if (fit := self._fit(plan)) is not None), None)
+        return found if found is None else replace(found, reason=self._reason())
+
+    def _fit(self, plan: FineTunePlan) -> BudgetedPlan | None:
+        memory = training_memory(self.structure, plan, self.training, self.num_examples, self.input_shape)
+        if memory.total_bytes > self.memory_bytes:
+            self.refused.append((memory.total_bytes, _described(plan)))
+            return None
+        return BudgetedPlan(plan, memory, "")
+
+    def _reason(self) -> str:
+        if not self.refused:
+            return "nothing better is known"
+        size, name = self.refused[-1]
+        return f"{name} would take {size:,} of {self.memory_bytes:,} bytes"
 
 
-class _Estimate:
-    """What plans take for one subnet and client; every plan is tried once."""
-
-    def __init__(
-        self, model: nn.Module, training: LocalTraining, num_examples: int, input_shape: tuple[int, int, int]
-    ) -> None:
-        self._model, self._shape = model, input_shape
-        self._training, self._num_examples = training, num_examples
-        self._known: dict[FineTunePlan, TrainingMemory] = {}
-
-    def of(self, plan: FineTunePlan) -> TrainingMemory:
-        """The memory that the plan takes."""
-        if plan not in self._known:
-            self._known[plan] = training_memory(self._model, plan, self._training, self._num_examples, self._shape)
-        return self._known[plan]
+def _described(plan: FineTunePlan) -> str:
+    """A plan's kind and levers, for people."""
+    words = [plan.name]
+    if plan.micro_batch:
+        words.append(f"micro-batches of {plan.micro_batch}")
+    words += ["fused step"] * plan.fused_step + ["segments"] * bool(plan.recompute)
+    words += [plan.kept] * (plan.kept != "float32")
+    return ", ".join(words)

@@ -72,7 +72,8 @@ def feature_bytes(model: nn.Module, plan: FineTunePlan, input_shape: tuple[int, 
     if not plan.feature_cache:
         return 0
     with torch.no_grad():
-        return cut_of(model, plan).prefix(torch.zeros(1, *input_shape)).nbytes
+        device = next(model.parameters()).device
+        return cut_of(model, plan).prefix(torch.zeros(1, *input_shape, device=device)).nbytes
 
 
 class FeatureCache:
@@ -100,10 +101,13 @@ class FeatureCache:
         Args:
             prefix: computes each example alone; its weights and settings, the inputs, `batch_size` and `form` are what
                 the results are known by.
-            inputs: `(num_examples, channels, height, width)`.
+            inputs: `(num_examples, channels, height, width)`; where they are shapes alone, so are the results.
             batch_size: examples that go through at a time.
             form: what else decides how results are rounded.
         """
+        if inputs.is_meta:
+            with torch.no_grad():
+                return prefix(inputs)
         key = _digest(prefix, inputs, f"{form}/{batch_size}")
         if key not in self._entries:
             on_disk, found = self._compute(prefix, inputs, batch_size)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +18,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.features import feature_bytes
-from fedofa.finetune.recipe import LocalTraining
-from fedofa.finetune.trainer import fine_tune
+from fedofa.finetune.plans import build_plan
+from fedofa.finetune.recipe import LocalTraining, batch_bounds, largest_batch
+from fedofa.finetune.trainer import fine_tune, label_objective, run_steps
+from fedofa.supernet.base import fill_skeleton
+from fedofa.supernet.mbconv import StageSpec
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
+from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
 from fedofa.types.plan import FineTunePlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _MMAP_BYTES = 1 << 16
-
-_SLACK_FRACTION = 0.03
-_SLACK_BYTES = 7 << 20
-"""What live tensors do not show: the kernels' own scratch space, pages that are not full, small blocks that stay."""
+_PAGE_BYTES = 1 << 12
+_CHUNK_BYTES = 96
+"""What glibc spends on a small aligned block: its header and the alignment to 64 bytes."""
 
 
 def tune_allocator() -> bool:
@@ -47,68 +52,159 @@ def tune_allocator() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TrainingMemory:
-    """What training takes above the engine's floor, in bytes.
+    """What training takes above the engine's floor (see `warm_up`), in bytes.
 
     Args:
         weight_bytes: the model and the received copy of it.
-        input_bytes: all examples of the client and their cached features, and where images are moved a micro-batch.
-        step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries.
+        input_bytes: all examples of the client, and their cached features.
+        step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
+            or that the delta takes beside gradients and state, after the last step.
+        num_kernels: distinct convolutions that a process runs, of every size of batch.
     """
 
     weight_bytes: int
     input_bytes: int
     step_bytes: int
+    num_kernels: int
+
+    @property
+    def engine_bytes(self) -> int:
+        """What no tensor shows: kernels, and the rest of the process."""
+        return _PROCESS_BYTES + self.num_kernels * _KERNEL_BYTES
 
     @property
     def total_bytes(self) -> int:
-        """The figure that a budget is held against: all of it, and the slack of kernels and allocator."""
-        live = self.weight_bytes + self.input_bytes + self.step_bytes
-        return int(live * (1 + _SLACK_FRACTION)) + _SLACK_BYTES
+        """The figure that a budget is held against."""
+        return self.weight_bytes + self.input_bytes + self.step_bytes + self.engine_bytes
+
+
+_KERNEL_BYTES = 1 << 16
+"""For every shape of a convolution oneDNN makes machine code and a description, 30 KB on average; small blocks that are
+allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
+_PROCESS_BYTES = 9 << 19
+"""The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
+
+
+def warm_up() -> None:
+    """Train two tiny networks for a step, so that what this process then holds is the engine's floor.
+
+    The first step of a process loads the kernels of torch and of the libraries below it and sets up their buffers,
+    whatever the network is. Between the two there is every kind of layer: depthwise and dense convolutions, both norms,
+    squeeze-excite, both poolings.
+    """
+    stages = (StageSpec(8, 2, "h_swish", True), StageSpec(8, 1, "relu6", False))
+    inverted = MobileNetV3Spec(
+        *(3, 2, 8, 2, 8, 1, stages, 16, 16), kernels=(3, 5), depths=(1,), resolutions=(16,), norm="group"
+    )
+    residual = ResNetSpec(
+        *(3, 2, 16, 2, (ResidualStageSpec(32, 1, 1), ResidualStageSpec(32, 1, 2))),
+        expands=(0.25,),
+        depths=(0, 1),
+        widths=(1.0,),
+        resolutions=(32,),
+        norm="batch",
+    )
+    for supernet in (MobileNetV3Supernet(inverted), ResNetSupernet(residual)):
+        subnet = supernet.space.largest()
+        tensors = {item.name: torch.zeros(item.shape) for item in supernet.slice_map(subnet)}
+        received = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        model = fill_skeleton(supernet.structure(subnet), tensors)
+        plan = build_plan("full", supernet.block_costs(subnet), statistics="frozen", lean=True)
+        side = supernet.resolution(subnet) or 0
+        inputs, labels = torch.zeros(2, 3, side, side), torch.zeros(2, dtype=torch.int64)
+        fine_tune(model, plan, received, inputs, labels, LocalTraining(max_steps=2), torch.Generator().manual_seed(0))
 
 
 def training_memory(
-    model: nn.Module,
+    structure: nn.Module,
     plan: FineTunePlan,
     training: LocalTraining,
     num_examples: int,
     input_shape: tuple[int, int, int],
 ) -> TrainingMemory:
-    """What training the model under the plan takes. Its weights stay as they are: the steps have length 0.
+    """What training a model under the plan takes. Nothing is computed: one step runs on shapes alone.
 
     Args:
+        structure: the model on the meta device, as `Supernet.structure` gives it.
         training: the recipe, of which batch size and optimiser matter.
         num_examples: of the client.
         input_shape: `(channels, height, width)` of one example.
     """
-    batch = min(training.batch_size, num_examples)
+    batch = largest_batch(num_examples, training.batch_size)
     seen = min(batch, 2 * plan.micro_batch or batch)
-    state = model.state_dict()
-    received = {name: state[name].detach().numpy() for name in plan.trainable}
-    recipe = LocalTraining(
-        optimiser=training.optimiser,
-        learning_rate=0.0,
-        momentum=training.momentum,
-        proximal_mu=training.proximal_mu,
-        max_gradient_norm=training.max_gradient_norm,
-        max_steps=2,
-        batch_size=seen,
-    )
-    inputs = torch.zeros(seen, *input_shape)
-    labels = torch.zeros(seen, dtype=torch.int64)
-    with LiveBytes((inputs, labels, *model.parameters(), *model.buffers())) as live:
-        fine_tune(model, plan, received, inputs, labels, recipe, torch.Generator().manual_seed(0))
+    recipe = replace(training, optimiser="sgd", learning_rate=0.0, momentum=0.0, max_steps=1, batch_size=seen)
+    inputs = torch.zeros(seen, *input_shape, device="meta")
+    objective = label_objective(torch.zeros(seen, dtype=torch.int64, device="meta"), training.label_smoothing)
+    use_channels_last(structure)
+    with LiveBytes((inputs, *structure.parameters(), *structure.buffers())) as live:
+        run_steps(structure, plan, inputs, recipe, torch.Generator().manual_seed(0), objective)
+    state = structure.state_dict()
     example = inputs[0].nbytes
-    kept_features = feature_bytes(model, plan, input_shape)
+    slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
+    shapes = {name: tuple(state[name].shape) for name in plan.changes}
+    trained = sum(resident_bytes(4 * plan.num_trained(name, shape)) for name, shape in shapes.items())
+    unseen = (num_examples - seen) * feature_bytes(structure, plan, input_shape)
     return TrainingMemory(
-        weight_bytes=2 * sum(tensor.nbytes for tensor in state.values()),
-        input_bytes=example * (num_examples + ((plan.micro_batch or batch) if training.max_shift else 0))
-        + (num_examples - seen) * kept_features,
-        step_bytes=live.peak,
+        weight_bytes=2 * sum(resident_bytes(tensor.nbytes) for tensor in state.values()),
+        input_bytes=resident_bytes(example * num_examples) + unseen,
+        step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
+        num_kernels=len(live.kernels) * len(set(_part_sizes(plan, training, num_examples))),
     )
+
+
+def _part_sizes(plan: FineTunePlan, training: LocalTraining, num_examples: int) -> Iterator[int]:
+    """How many examples go through the network at a time."""
+    bounds = list(batch_bounds(num_examples, training.batch_size))
+    for start, end in bounds[: training.max_steps or len(bounds)]:
+        size = plan.micro_batch or end - start
+        yield from (min(size, end - first) for first in range(start, end, size))
+
+
+def resident_bytes(size: int) -> int:
+    """What an allocation of that size takes: whole pages and one for its header from `_MMAP_BYTES` on, else a block."""
+    if size + _CHUNK_BYTES < _MMAP_BYTES:
+        return size + _CHUNK_BYTES
+    return -(-(size + _CHUNK_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
+
+
+_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
+_CONVOLUTIONS = (_CONVOLUTION, _CONVOLUTION_BACKWARD)
+_NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+_LANES = 16
+"""Channels that oneDNN puts side by side in its own layouts, for registers of 512 bits."""
+
+
+def scratch_bytes(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
+    """What torch 2.13's kernels for an operation take beside its arguments and its results, as its profiler shows it.
+
+    oneDNN copies a convolution's weight, and its input where channels are not innermost, into layouts of its own. The
+    weight's gradient is computed in such a layout, in which the channels of every group are filled up to 16 on both
+    sides (256 times the gradient of a depthwise convolution), and copied. The gradient of batch norm copies its input.
+    """
+    if func is _CONVOLUTION:
+        x, weight = args[:2]
+        given = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
+        return given + weight.nbytes * _filled(weight.shape[0]) // weight.shape[0]
+    if func is _CONVOLUTION_BACKWARD and args[-1][1]:
+        weight, groups = args[2], args[-2]
+        kernel = weight.shape[2:].numel() * weight.element_size()
+        return groups * _filled(weight.shape[0] // groups) * _filled(weight.shape[1]) * kernel + weight.nbytes
+    return args[0].nbytes if func is _NORM_BACKWARD else 0
+
+
+def _channels_innermost(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // _LANES) * _LANES
 
 
 class LiveBytes(TorchDispatchMode):
     """Within the context, follows how many bytes the tensors hold that operations make; `peak` is the most at a time.
+
+    A tensor counts with what glibc takes for it (`resident_bytes`). `kernels` are the distinct convolutions that ran.
 
     Args:
         known: tensors that exist already and do not count.
@@ -118,23 +214,32 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.kernels: set[tuple[Any, ...]] = set()
         self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._finalizers: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._fused_sgd_.default and args[0][0].is_meta:
+            return None  # changes parameters in place; it has no meta kernel
+        if func in _CONVOLUTIONS:
+            shapes = (tuple(item.shape) if isinstance(item, Tensor) else str(item) for item in args)
+            self.kernels.add((func, *shapes))
         result = func(*args, **(kwargs or {}))
+        if func is _CONVOLUTION and result.is_meta and any(map(_channels_innermost, args[:2])):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a CPU; meta convolutions forget it
         for item in tree_iter(result):
             if isinstance(item, Tensor):
                 self._follow(item.untyped_storage())
+        self.peak = max(self.peak, self.live + scratch_bytes(func, args))
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._known or key in self._finalizers:
             return
-        size = storage.nbytes()
+        size = resident_bytes(storage.nbytes())
         self.live += size
         self.peak = max(self.peak, self.live)
         self._finalizers[key] = weakref.finalize(storage, self._forget, key, size)

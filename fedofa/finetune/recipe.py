@@ -88,3 +88,8 @@ def batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]
     if len(starts) > 1 and num_examples - starts[-1] == 1:
         starts.pop()
     return zip(starts, [*starts[1:], num_examples], strict=True)
+
+
+def largest_batch(num_examples: int, batch_size: int) -> int:
+    """Examples of the largest batch."""
+    return max((end - start for start, end in batch_bounds(num_examples, batch_size)), default=0)

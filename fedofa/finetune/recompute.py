@@ -65,7 +65,24 @@ class _Segment(torch.autograd.Function):
         state = torch.get_rng_state()
         torch.set_rng_state(ctx.random_state)
         with torch.enable_grad():
-            y = ctx.run(x)
+            seed = _Seed.apply(ctx.run(x), grad)
         torch.set_rng_state(state)
-        found = iter(torch.autograd.grad(y, inputs, grad, allow_unused=True))
+        found = iter(torch.autograd.grad(seed, inputs, allow_unused=True))
         return None, *(next(found) if wants else None for wants in wanted)
+
+
+class _Seed(torch.autograd.Function):
+    """A scalar whose gradient with respect to the tensor is the given one.
+
+    Torch 2.13 imports its symbolic shapes and with them sympy, 31 MB, as soon as a backward pass is given a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, grad: Tensor):
+        ctx.save_for_backward(grad)
+        return y.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, one: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.saved_tensors[0], None

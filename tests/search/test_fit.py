@@ -189,3 +189,42 @@ def test_a_fixed_network_fits_whole_or_not_at_all():
     assert (fit.subnet, fit.binding) == (supernet.space.largest(), "none")
     with pytest.raises(InfeasibilityError, match="memory is exceeded"):
         search.best_fit(PROFILE, WORK, Budgets(fit.cost.training_bytes - 1, 1e15))
+
+
+def counted_plans(factor, constant):
+    """Plans of a kind that take so many times what is counted, and a constant."""
+
+    def plan_within(subnet, kind, work, memory_bytes):
+        blocks = SUPERNET.block_costs(subnet)
+        plan = build_plan(kind, blocks, lean=True)
+        taken = int(factor * MODEL.cost(blocks, plan, PROFILE, work).training_bytes + constant)
+        if taken > memory_bytes:
+            raise InfeasibilityError(f"{kind} takes {taken:,} bytes")
+        return plan, taken
+
+    return plan_within
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.9])
+def test_plans_made_for_the_memory_are_searched_like_counted_ones(share):
+    low, high = (price(subnet).training_bytes for subnet in (SPACE.smallest(), SPACE.largest()))
+    memory = low + share * (high - low)
+    planned = replace(build_search(FULL, HEAD), plan_within=counted_plans(3.0, 5e6))
+    found = planned.best_fit(PROFILE, WORK, Budgets(3 * memory + 5e6, 1e15))
+    assert found.plan.lean
+    assert found.binding == "memory"
+    assert found.cost.training_bytes <= 3 * memory + 5e6
+    counted = build_search([FULL[0]]).best_fit(PROFILE, WORK, Budgets(0.97 * memory, 1e15))
+    assert capacity(found.cost) >= capacity(counted.cost)
+    assert planned.fit_of(found.subnet, PROFILE, WORK, Budgets(found.cost.training_bytes, 1e15)).plan == found.plan
+
+
+def test_plans_made_for_the_memory_fall_back_to_less_that_trains_and_then_refuse():
+    planned = replace(build_search(FULL, HEAD), plan_within=counted_plans(1.0, 0))
+    full = price(SPACE.smallest()).training_bytes
+    found = planned.best_fit(PROFILE, WORK, Budgets(full - 1, 1e15))
+    assert found.plan.name == "head"
+    assert planned.best_fit(PROFILE, WORK, PLENTY).subnet == SPACE.largest()
+    with pytest.raises(InfeasibilityError, match="head takes"):
+        planned.best_fit(PROFILE, WORK, Budgets(1, 1e15))
+    assert planned.fit_of(SPACE.smallest(), PROFILE, WORK, Budgets(1, 1e15)) is None

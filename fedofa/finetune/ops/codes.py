@@ -29,7 +29,9 @@ def flat(x: Tensor) -> Tensor:
 
 def like(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The tensor itself where it lies in memory with these strides, else a copy that does."""
-    return x if x.stride() == stride else torch.empty_strided(x.shape, stride, dtype=x.dtype).copy_(x)
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def chunks(count: int) -> Iterator[slice]:
@@ -37,15 +39,15 @@ def chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
 
-def chunk_buffer(count: int, dtype: torch.dtype) -> Tensor:
+def chunk_buffer(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer for one chunk of that many values: fresh memory for every chunk would cost more than the work on it."""
-    return torch.empty(min(count, CHUNK), dtype=dtype)
+    return torch.empty(min(count, CHUNK), dtype=dtype, device=device)
 
 
 def pack_bits(values: Tensor) -> Tensor:
     """Booleans `(count,)` as `(ceil(count / 8),)` bytes, the first as the lowest bit."""
-    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8)
-    words = chunk_buffer(len(packed), torch.int64)
+    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=values.device)
+    words = chunk_buffer(len(packed), torch.int64, values.device)
     for part in chunks(values.numel()):
         _pack_chunk(values[part], words, packed[part.start // 8 : -(-part.stop // 8)])
     return packed
@@ -62,13 +64,13 @@ def _pack_chunk(values: Tensor, words: Tensor, packed: Tensor) -> None:
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_bits`."""
-    return torch.index_select(_bit_table(torch.bool), 0, packed.int()).view(-1)[:count]
+    return torch.index_select(_bit_table(torch.bool, packed.device), 0, packed.int()).view(-1)[:count]
 
 
 @lru_cache(maxsize=8)
-def _bit_table(dtype: torch.dtype) -> Tensor:
+def _bit_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The eight bits of every byte, `(256, 8)`, the lowest first."""
-    return (torch.arange(256).view(256, 1) >> torch.arange(8) & 1).to(dtype)
+    return (torch.arange(256, device=device).view(256, 1) >> torch.arange(8, device=device) & 1).to(dtype)
 
 
 def pack_inside(result: Tensor, upper: float | None) -> Tensor:
@@ -78,9 +80,12 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
         result: `dense`, of any shape; what a clamp to [0, upper] gave, or to [0, infinity) for None.
     """
     values = flat(result)
-    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8)
-    inside, below = (chunk_buffer(values.numel(), torch.bool) for _ in range(2))
-    rest, words = chunk_buffer(values.numel(), values.dtype), chunk_buffer(len(packed), torch.int64)
+    packed = torch.empty(-(-values.numel() // 8), dtype=torch.uint8, device=values.device)
+    inside, below = (chunk_buffer(values.numel(), torch.bool, values.device) for _ in range(2))
+    rest, words = (
+        chunk_buffer(values.numel(), values.dtype, values.device),
+        chunk_buffer(len(packed), torch.int64, values.device),
+    )
     for part in chunks(values.numel()):
         size = part.stop - part.start
         inside[:size].copy_(values[part])
@@ -94,9 +99,9 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
 def gradient_inside(grad: Tensor, packed: Tensor, slope: float) -> Tensor:
     """The result's gradient times `slope` where the bit is set, 0 elsewhere; `grad` lies as the packed result did."""
     out = torch.empty_like(grad)
-    source, target, table = flat(grad), flat(out), _bit_table(grad.dtype) * slope
-    numbers = chunk_buffer(len(packed), torch.int32)
-    factors = chunk_buffer(8 * len(packed), grad.dtype).view(-1, 8)
+    source, target, table = flat(grad), flat(out), _bit_table(grad.dtype, grad.device) * slope
+    numbers = chunk_buffer(len(packed), torch.int32, grad.device)
+    factors = chunk_buffer(8 * len(packed), grad.dtype, grad.device).view(-1, 8)
     for part in chunks(source.numel()):
         codes = packed[part.start // 8 : -(-part.stop // 8)]
         bits = factors[: len(codes)]
@@ -112,8 +117,8 @@ def pack_swish(x: Tensor) -> Tensor:
         x: `dense`, the input of a hard swish.
     """
     values = flat(x)
-    packed = torch.empty(values.numel(), dtype=torch.uint8)
-    cells = chunk_buffer(values.numel(), values.dtype)
+    packed = torch.empty(values.numel(), dtype=torch.uint8, device=values.device)
+    cells = chunk_buffer(values.numel(), values.dtype, values.device)
     for part in chunks(values.numel()):
         cell = torch.add(values[part], 3, out=cells[: part.stop - part.start])
         packed[part] = cell.mul_(_SWISH_CELLS / 6).add_(1).clamp_(0, 255)
@@ -127,7 +132,7 @@ def gradient_swish(grad: Tensor, packed: Tensor) -> Tensor:
     """
     out = torch.empty_like(grad)
     source, target = flat(grad), flat(out)
-    cells = chunk_buffer(source.numel(), grad.dtype)
+    cells = chunk_buffer(source.numel(), grad.dtype, grad.device)
     for part in chunks(source.numel()):
         middle = cells[: part.stop - part.start].copy_(packed[part]).sub_(0.5).mul_(6 / _SWISH_CELLS).sub_(3)
         torch.ops.aten.hardswish_backward.out(source[part], middle, out=target[part])

@@ -82,11 +82,11 @@ class Keeper:
     def _quantise(self, x: Tensor, levels: int) -> Kept:
         """Codes of 8 or 4 bits, and the least value and the step of every group."""
         values = flat(x)
-        count, dtype, shape, stride = values.numel(), x.dtype, x.shape, x.stride()
+        count, dtype, device, shape, stride = values.numel(), x.dtype, x.device, x.shape, x.stride()
         groups = -(-count // _GROUP)
-        codes = torch.empty(groups, _GROUP if levels == 255 else _GROUP // 2, dtype=torch.uint8)
-        least, step = torch.empty(groups, 1, dtype=dtype), torch.empty(groups, 1, dtype=dtype)
-        scaled, noise = (chunk_buffer(groups * _GROUP, dtype) for _ in range(2))
+        codes = torch.empty(groups, _GROUP if levels == 255 else _GROUP // 2, dtype=torch.uint8, device=device)
+        least, step = (torch.empty(groups, 1, dtype=dtype, device=device) for _ in range(2))
+        scaled, noise = (chunk_buffer(groups * _GROUP, dtype, device) for _ in range(2))
         for part in chunks(count):
             rows = _rows(part)
             parts = codes[rows], least[rows], step[rows]
@@ -94,7 +94,7 @@ class Keeper:
 
         def restore(kept: tuple[Tensor, ...]) -> Tensor:
             codes, least, step = kept
-            values = torch.empty(groups, _GROUP, dtype=dtype)
+            values = torch.empty(groups, _GROUP, dtype=dtype, device=device)
             for part in chunks(count):
                 rows = _rows(part)
                 _set_codes(values[rows], codes[rows], levels)
@@ -129,7 +129,8 @@ class Keeper:
         count, shape, stride = values.numel(), x.shape, x.stride()
         size = max(1, math.ceil(self.fraction * count))
         least, ties = _threshold(values, size)
-        chosen, packed = torch.empty(size, dtype=x.dtype), torch.empty(-(-count // 8), dtype=torch.uint8)
+        chosen = torch.empty(size, dtype=x.dtype, device=x.device)
+        packed = torch.empty(-(-count // 8), dtype=torch.uint8, device=x.device)
         filled = 0
         for part in chunks(count):
             magnitudes = values[part].abs()

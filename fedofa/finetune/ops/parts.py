@@ -266,7 +266,7 @@ class _GradientSweep:
 
     def sums(self, *, writes: bool) -> tuple[Tensor, Tensor]:
         """Of the gradient, and of the gradient times the centred input; `writes`: its product with the scale too."""
-        totals = torch.zeros((2, *self._mean.shape), dtype=torch.float64)
+        totals = torch.zeros((2, *self._mean.shape), dtype=torch.float64, device=self._x.device)
         for group, part, below, target in self._parts():
             totals[0] += self._sweep.total(part)
             centred = torch.sub(below, self._means[group], out=self._first[: len(below)])

@@ -46,7 +46,9 @@ class _AveragePool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         layout = torch.channels_last if ctx.innermost else torch.contiguous_format
-        shaped = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=layout)  # only its shape and layout are read
+        shaped = torch.empty(  # only its shape and layout are read
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout
+        )
         return _aten.avg_pool2d_backward(grad.contiguous(memory_format=layout), shaped, *ctx.settings), None
 
 
@@ -100,6 +102,8 @@ class _MaxPool(torch.autograd.Function):
         (taps,) = ctx.saved_tensors
         indices = ctx.window.decode(taps, ctx.shape[3])
         layout = torch.channels_last if ctx.innermost else torch.contiguous_format
-        shaped = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=layout)  # only its shape and layout are read
+        shaped = torch.empty(  # only its shape and layout are read
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=layout
+        )
         grad = like(grad, indices.stride())
         return _aten.max_pool2d_with_indices_backward(grad, shaped, *ctx.window.settings, indices), None

@@ -43,7 +43,7 @@ class Sweep:
 
     def buffer(self, x: Tensor) -> Tensor:
         """Memory for one part, of the map's type: fresh memory for every part would cost more than the work on it."""
-        return torch.empty(max(rows for _, _, rows in self._places), self._width, dtype=x.dtype)
+        return torch.empty(max(rows for _, _, rows in self._places), self._width, dtype=x.dtype, device=x.device)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of channels, `(1 or batch, channels, 1, 1)` or `(channels,)`, as rows that fit the parts."""
@@ -88,7 +88,7 @@ def _places(
 def channel_sums(x: Tensor) -> Tensor:
     """The sum of every channel's values, `(channels,)`, of a `dense` map."""
     sweep = Sweep(x)
-    totals = torch.zeros(x.shape[1], dtype=torch.float64)
+    totals = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for _, (part,) in sweep.parts(x):
         totals += sweep.total(part)
     return totals.to(x.dtype)
