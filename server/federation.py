@@ -168,6 +168,10 @@ def _assigner(conf: SimulateConf, supernet: Supernet, plans: Sequence[Sequence[P
     """What assigns subnets by search, None for the rule."""
     if conf.assignment.by == "search" and conf.shrinking.schedule != "none":
         raise ConfigError("assignment.by=search: a shrinking schedule deals the subnets itself; give shrinking=none")
+    if conf.assignment.by == "search" and conf.finetune.planner == "budget":
+        raise ConfigError(
+            "assignment.by=search prices plans by the cost model; expected finetune.planner=cost, found 'budget'"
+        )
     wire_bytes = 4 if conf.aggregation.float_dtype == "float32" else 2
     return build_assigner(
         conf.assignment, supernet, plans, micro_batch=conf.finetune.micro_batch, wire_bytes=wire_bytes
