@@ -25,10 +25,12 @@ import torch
 from finetune_memory import measure_training
 
 from fedofa.finetune.memory import tune_allocator
-from fedofa.finetune.plans import build_plan
+from fedofa.finetune.plans import build_plan, needs_contributions
+from fedofa.finetune.probing import measure_contributions
 from fedofa.report import style
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.pretrained import READY_MADE
+from fedofa.types.plan import FineTunePlan
 from server.checkpoint import replace_file
 from server.outputs import versions
 
@@ -48,7 +50,8 @@ class Row:
     def overrides(self) -> list[str]:
         """The settings that differ from row to row."""
         lean = str(self.lean).lower()
-        return [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"finetune.micro_batch={self.micro_batch}"]
+        own = [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"finetune.micro_batch={self.micro_batch}"]
+        return [*own, "supernet.lite_residual=true"] if self.kind == "lite_residual" else own
 
 
 ROWS = (
@@ -56,6 +59,10 @@ ROWS = (
     Row("stock bias", "bias", lean=False, micro_batch=0),
     Row("full", "full"),
     Row("last 4 blocks", "last_blocks(4)"),
+    Row("sparse(0.25)", "sparse(0.25)"),
+    Row("sparse(0.1)", "sparse(0.1)"),
+    Row("lora(4)", "lora(4)"),
+    Row("lite residual", "lite_residual"),
     Row("bias", "bias"),
     Row("head", "head"),
 )
@@ -107,7 +114,7 @@ class Study:
 
     def memory(self, row: Row) -> dict[str, float]:
         """Peak memory and time of the row's training, in a process of its own."""
-        command = [sys.executable, __file__, "--measure", row.name]
+        command = [sys.executable, __file__, "--measure", row.name, "--plan", json.dumps(make_plan(row).to_json())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -116,18 +123,32 @@ def _largest(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(row for row in summary["subnets"] if row["name"] == "largest")
 
 
-def measure(row: Row) -> dict[str, float]:
+def build_supernet(row: Row) -> ChainSupernet:
+    """The network with random weights, which take what trained ones do."""
+    more = {"num_classes": 10, "resolutions": (_RESOLUTION,), "lite_residual": row.kind == "lite_residual"}
+    return ChainSupernet(replace(READY_MADE["efficientnet_lite0"], **more), torch.Generator().manual_seed(0))
+
+
+def make_plan(row: Row) -> FineTunePlan:
+    """The row's plan for the largest subnet; contributions are those of random images, which take as much memory."""
+    supernet = build_supernet(row)
+    subnet = supernet.space.largest()
+    blocks = supernet.block_costs(subnet)
+    levers = {"statistics": "frozen", "lean": row.lean, "micro_batch": row.micro_batch}
+    contributions = None
+    if needs_contributions([row.kind]):
+        images = torch.randn(10, 3, _RESOLUTION, _RESOLUTION, generator=torch.Generator().manual_seed(1))
+        contributions = measure_contributions(supernet.build(subnet), blocks, images, torch.arange(10))
+    return build_plan(row.kind, blocks, contributions=contributions, **levers)
+
+
+def measure(row: Row, plan: FineTunePlan) -> dict[str, float]:
     """What two steps take in this process."""
     torch.set_num_threads(1)
     if not row.name.startswith(_STOCK):
         tune_allocator()
-    spec = replace(READY_MADE["efficientnet_lite0"], num_classes=10, resolutions=(_RESOLUTION,))
-    supernet = ChainSupernet(spec, torch.Generator().manual_seed(0))
-    subnet = supernet.space.largest()
-    plan = build_plan(
-        row.kind, supernet.block_costs(subnet), statistics="frozen", lean=row.lean, micro_batch=row.micro_batch
-    )
-    return measure_training(supernet.build(subnet), plan, _RESOLUTION)
+    supernet = build_supernet(row)
+    return measure_training(supernet.build(supernet.space.largest()), plan, _RESOLUTION)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -177,10 +198,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     parser.add_argument("--measure", choices=[row.name for row in ROWS], help="measure one row in this process")
+    parser.add_argument("--plan", help="of that row, as JSON")
     given = parser.parse_args()
     named = {row.name: row for row in ROWS}
     if given.measure:
-        print(json.dumps(measure(named[given.measure])))
+        print(json.dumps(measure(named[given.measure], FineTunePlan.from_json(json.loads(given.plan)))))
         return
     paths = {"folder": given.folder.resolve(), "data_path": given.data_path.resolve()}
     settings = {name: getattr(given, name) for name in ("rounds", "cohort", "steps", "test_examples", "rates", "seed")}
