@@ -24,6 +24,7 @@ PLANS = {
     "features kept, lite branches in the supernet": (
         "finetune=last_blocks",
         "finetune.feature_cache=true",
+        "finetune.max_shift=0",
         "supernet.lite_residual=true",
     ),
 }
