@@ -3,7 +3,8 @@
 MobileNetV2-like networks of 100 classes; each row is a process of its own. `engine` is what the process holds before
 it has a task: the interpreter, numpy and ONNX Runtime or torch; `process` the most of the whole process; `step` the
 CPU time of one example's forward and backward pass, the least of several, and `ratio` that over torch's of the same
-plan with lean operations and micro-batch 1. No process that trains without torch makes its own task.
+plan with lean operations and micro-batch 1. No measured process makes its own task or plan: a sparse plan is chosen
+by what layers contribute on random images, which takes memory.
 
 The last line is for machines.
 """
@@ -22,7 +23,9 @@ import numpy as np
 
 _CLASSES, _EXAMPLES, _REPEATS = 100, 4, 4
 SIZES = ((0.35, 96), (1.0, 224))
-PLANS = ("head", "bias", "last_blocks(4)", "full")
+_PROBED = 8
+"""Random examples on which the layers' contributions are measured."""
+PLANS = ("head", "bias", "last_blocks(4)", "sparse(0.1)", "sparse(0.25)", "full")
 
 
 def resident(field: str) -> float:
@@ -58,13 +61,12 @@ def recipe():
 NORMALISATION = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
 
-def build(kind: str, width: float, side: int):
-    """The supernet, its largest subnet and the plan."""
+def build(width: float, side: int):
+    """The supernet."""
     from dataclasses import replace
 
     import torch
 
-    from fedofa.finetune.plans import build_plan
     from fedofa.supernet.chain import ChainSupernet
     from fedofa.supernet.network import make_divisible
     from fedofa.supernet.pretrained import READY_MADE
@@ -74,34 +76,49 @@ def build(kind: str, width: float, side: int):
     blocks = tuple(replace(block, width=make_divisible(block.width * width)) for block in whole.blocks)
     sizes = {"stem_width": make_divisible(whole.stem_width * width), "resolutions": (side,), "fractions": (1.0,)}
     spec = replace(whole, num_classes=_CLASSES, blocks=blocks, **sizes)
-    supernet = ChainSupernet(spec, torch.Generator().manual_seed(0))
+    return ChainSupernet(spec, torch.Generator().manual_seed(0))
+
+
+def make_plan(kind: str, supernet, side: int):
+    """The largest subnet's plan."""
+    import torch
+
+    from fedofa.finetune.plans import build_plan, needs_contributions
+    from fedofa.finetune.probing import measure_contributions
+
     subnet = supernet.space.largest()
-    return supernet, subnet, build_plan(kind, supernet.block_costs(subnet), statistics="frozen", lean=True)
+    blocks, contributions = supernet.block_costs(subnet), None
+    if needs_contributions([kind]):
+        images = torch.randn(_PROBED, 3, side, side, generator=torch.Generator().manual_seed(1))
+        contributions = measure_contributions(supernet.build(subnet), blocks, images, torch.arange(_PROBED))
+    return build_plan(kind, blocks, statistics="frozen", lean=True, contributions=contributions)
 
 
-def compile_task(kind: str, width: float, side: int, path: str) -> None:
-    """Write what the server would send: the task with its graph and tensors."""
+def compile_task(kind: str, width: float, side: int, folder: str) -> None:
+    """Write what the server would send, the task with its graph and tensors, and beside it the plan."""
     from dataclasses import asdict
 
     from fedofa.finetune.onnx_network import compile_step
     from fedofa.update.exchange import ClientTask, encode_task
 
-    supernet, subnet, plan = build(kind, width, side)
-    step = compile_step(supernet.network_spec(subnet), plan.trainable)
+    supernet = build(width, side)
+    subnet, plan = supernet.space.largest(), make_plan(kind, supernet, side)
+    step = compile_step(supernet.network_spec(subnet), plan)
     tensors = {name: tensor.detach().numpy() for name, tensor in supernet.build(subnet).state_dict().items()}
     training = asdict(recipe())
     task = ClientTask(1, 0, subnet, plan, supernet.description(), training, NORMALISATION, 0, graph=step.graph)
-    Path(path).write_bytes(encode_task(task, step.feed(tensors)))
+    Path(folder, "task").write_bytes(encode_task(task, step.feed(tensors)))
+    Path(folder, "plan.json").write_text(json.dumps(plan.to_json()))
 
 
-def run_onnxruntime(path: str, side: int) -> dict[str, float]:
+def run_onnxruntime(folder: str, side: int) -> dict[str, float]:
     """Train as a client without torch does."""
     from clients import onnx_engine
     from fedofa.data.federation import Examples
     from fedofa.update.exchange import decode_task
 
     engine = resident("VmRSS")
-    task, received = decode_task(Path(path).read_bytes())
+    task, received = decode_task(Path(folder, "task").read_bytes())
     held = Examples(*examples(side))
     seconds = least_seconds(lambda: onnx_engine.train(held, task, received, "client"))
     found = {"engine": engine, "process": resident("VmHWM"), "step": 1e3 * seconds}
@@ -110,7 +127,7 @@ def run_onnxruntime(path: str, side: int) -> dict[str, float]:
     return found
 
 
-def run_torch(kind: str, width: float, side: int) -> dict[str, float]:
+def run_torch(folder: str, width: float, side: int) -> dict[str, float]:
     """Train the same with torch, lean operations, micro-batch 1."""
     from dataclasses import replace
 
@@ -119,11 +136,13 @@ def run_torch(kind: str, width: float, side: int) -> dict[str, float]:
     from fedofa.finetune.inputs import prepare_inputs
     from fedofa.finetune.memory import tune_allocator
     from fedofa.finetune.trainer import fine_tune
+    from fedofa.types.plan import FineTunePlan
 
     tune_allocator()
     engine = resident("VmRSS")
-    supernet, subnet, plan = build(kind, width, side)
-    plan, model = replace(plan, micro_batch=1), supernet.build(subnet)
+    supernet = build(width, side)
+    plan = FineTunePlan.from_json(json.loads(Path(folder, "plan.json").read_text()))
+    plan, model = replace(plan, micro_batch=1), supernet.build(supernet.space.largest())
     received = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
     images, labels = examples(side)
 
@@ -150,11 +169,10 @@ def main() -> None:
     for width, side in SIZES:
         for kind in PLANS:
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "task"
-                in_process("compile", kind, width, side, path)
+                in_process("compile", kind, width, side, folder)
                 rows = {
-                    "onnxruntime": json.loads(in_process("onnxruntime", path, side)),
-                    "torch": json.loads(in_process("torch", kind, width, side)),
+                    "onnxruntime": json.loads(in_process("onnxruntime", folder, side)),
+                    "torch": json.loads(in_process("torch", folder, width, side)),
                 }
             for name, row in rows.items():
                 ratio = row["step"] / rows["torch"]["step"]
@@ -169,11 +187,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["compile", kind, width, side, path]:
-            compile_task(kind, float(width), int(side), path)
-        case ["onnxruntime", path, side]:
-            print(json.dumps(run_onnxruntime(path, int(side))))
-        case ["torch", kind, width, side]:
-            print(json.dumps(run_torch(kind, float(width), int(side))))
+        case ["compile", kind, width, side, folder]:
+            compile_task(kind, float(width), int(side), folder)
+        case ["onnxruntime", folder, side]:
+            print(json.dumps(run_onnxruntime(folder, int(side))))
+        case ["torch", folder, width, side]:
+            print(json.dumps(run_torch(folder, float(width), int(side))))
         case _:
             main()

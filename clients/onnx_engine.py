@@ -22,11 +22,16 @@ Received = Mapping[str, np.ndarray]
 def train(examples: Examples, task: ClientTask, received: Received, client_id: str) -> FineTuneResult:
     """Fine-tune the task's subnet under its plan."""
     session = _session(task, received)
-    if session.trainable != task.plan.trainable:
+    plan, trained = task.plan, session.trained
+    if tuple(trained) != plan.trainable:
         raise WireError(
-            f"the task's graph trains {len(session.trainable)} parameters, its plan {len(task.plan.trainable)}; "
+            f"the task's graph trains {len(trained)} parameters, its plan {len(plan.trainable)}; "
             "expected the same ones in the same order"
         )
+    for name, shape in trained.items():
+        expected = plan.part_shape(name, received[name].shape)
+        if shape != expected:
+            raise WireError(f"of {name!r} the task's graph trains {shape}; expected {expected}, as its plan says")
     training, seeds = LocalTraining(**task.training), task_seeds(task.seed, client_id, task.round)
     return fine_tune_compiled(session, received, _stored(examples, task), training, seeds)
 

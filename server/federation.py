@@ -91,7 +91,9 @@ class Parts:
             round_attempts=conf.fleet.round_attempts,
             max_lost_rounds=conf.fleet.max_lost_rounds,
             decay_rounds=conf.rounds if conf.finetune.decay == "cosine" else 0,
-            unfit_engines=unfit_engines(self.supernet, conf.finetune.statistics, conf.shrinking.schedule),
+            unfit_engines=unfit_engines(
+                self.supernet, conf.finetune.statistics, conf.shrinking.schedule, conf.finetune.plans
+            ),
             pairs_per_round=0 if uniform else conf.evaluation.pairs_per_round,
             uniform=uniform,
         )

@@ -16,6 +16,7 @@ import numpy as np
 from fedofa.finetune.onnx_tape import Tape, Value, Window
 from fedofa.supernet.network import (
     GROUP_NORM_CHANNELS,
+    LITE_NORM,
     BottleneckSpec,
     ConvSpec,
     MBConvSpec,
@@ -25,6 +26,7 @@ from fedofa.supernet.network import (
     same_padding,
 )
 from fedofa.types.errors import ConfigError
+from fedofa.types.plan import FineTunePlan
 
 Tensors = Mapping[str, np.ndarray]
 _Derive = Callable[[Tensors], np.ndarray]
@@ -47,34 +49,40 @@ class CompiledStep:
         return {name: derive(tensors) for name, derive in self.tensors.items()}
 
 
-@lru_cache(maxsize=64)
-def compile_step(spec: NetworkSpec, trainable: tuple[str, ...]) -> CompiledStep:
+def compile_step(spec: NetworkSpec, plan: FineTunePlan) -> CompiledStep:
     """The training step of a network, for one example.
 
     Args:
         spec: of the subnet.
-        trainable: the parameters whose gradients it gives, in that order; with none it is a forward pass that gives
-            the logits.
+        plan: says whose gradients it gives, in its order, and of which weights only those of a part; where nothing
+            trains it is a forward pass that gives the logits. Levers have no part in it: it is exact and keeps little.
 
     Raises:
-        ConfigError: when the network has no parameter of a name.
+        ConfigError: when the network has no parameter of a name, or the plan trains kernel matrices or factors.
     """
+    if plan.parametrised or plan.low_rank:
+        raise ConfigError(f"plan {plan.name!r} cannot be compiled: it trains kernel matrices or factors of low rank")
+    return _compile(spec, FineTunePlan("compiled", plan.trainable, fractions=plan.fractions))
+
+
+@lru_cache(maxsize=64)
+def _compile(spec: NetworkSpec, plan: FineTunePlan) -> CompiledStep:
     known = {item.name for item in spec.parameters() if item.role != "statistic"}
-    unknown = [name for name in trainable if name not in known]
+    unknown = [name for name in plan.trainable if name not in known]
     if unknown:
         raise ConfigError(f"the plan trains {unknown[:3]}, which this subnet does not have")
-    network = _Network(spec, frozenset(trainable))
+    network = _Network(spec, plan)
     logits = network.logits()
     tape = network.tape
-    if trainable:
+    if plan.trainable:
         target = tape.input("target", logits.shape)
         logs = tape.node("LogSoftmax", logits.name, axis=1)
         shared = tape.summed(tape.node("Mul", logs, target.name), (0, 1), keepdims=False)
         tape.output("loss", tape.node("Neg", shared), ())
         tape.differentiate(logits, tape.node("Sub", tape.node("Exp", logs), target.name))
-        for name in trainable:
+        for name in plan.trainable:
             value = network.parameters[name]
-            tape.output(f"gradient:{name}", tape.gradient(value), value.shape)
+            tape.output(f"gradient:{name}", tape.gradient(value), value.trained)
     else:
         tape.output("logits", logits.name, logits.shape)
     return CompiledStep(tape.model(), network.tensors)
@@ -85,13 +93,14 @@ class _Network:
 
     Args:
         spec: of the network.
-        trainable: names of the parameters that train.
+        plan: what trains.
     """
 
-    def __init__(self, spec: NetworkSpec, trainable: frozenset[str]) -> None:
+    def __init__(self, spec: NetworkSpec, plan: FineTunePlan) -> None:
         self.spec = spec
         self.tape = Tape()
-        self.trainable = trainable
+        self.plan = plan
+        self.trainable = frozenset(plan.trainable)
         self.parameters: dict[str, Value] = {}
         self.tensors: dict[str, _Derive] = {}
         self._shapes = {item.name: item.shape for item in spec.parameters()}
@@ -131,7 +140,16 @@ class _Network:
                 gate = self._conv(gate, conv)
             y = self.tape.multiply(y, gate)
         y = self._conv(y, part.project)
-        return self.tape.add(x, y) if part.residual else y
+        y = self.tape.add(x, y) if part.residual else y
+        return y if part.lite is None else self.tape.add(y, self._lite(x, part.lite, y.shape[2:]))
+
+    def _lite(self, x: Value, convs: tuple[ConvSpec, ConvSpec], sides: tuple[int, ...]) -> Value:
+        """A block's lite residual branch, from the block's input to the size of its result."""
+        x = self.tape.average_pool(x, 2)
+        for conv in convs:
+            x = self._conv(x, conv, LITE_NORM)
+        height, width = sides
+        return x if x.shape[2:] == sides else self.tape.upsample(x, (height, width))
 
     def _bottleneck(self, x: Value, part: BottleneckSpec) -> Value:
         y = self._conv(self._conv(self._conv(x, part.reduce), part.spatial), part.project)
@@ -141,14 +159,16 @@ class _Network:
             x = self._conv(x, part.downsample)
         return self.tape.activation(self.tape.add(y, x), part.activation)
 
-    def _conv(self, x: Value, spec: ConvSpec) -> Value:
-        if spec.norm and self.spec.norm == "batch":
+    def _conv(self, x: Value, spec: ConvSpec, norm: str | None = None) -> Value:
+        """A convolution with its norm, the network's kind where none is given, and its activation."""
+        norm = (norm or self.spec.norm) if spec.norm else None
+        if norm == "batch":
             weight, bias = self._composed(spec)
         else:
             weight = self._parameter(f"{spec.name}.conv.weight")
             bias = self._parameter(f"{spec.name}.conv.bias") if spec.bias else None
         y = self.tape.conv(x, weight, bias, _window(spec, x.shape[2]))
-        if spec.norm and self.spec.norm == "group":
+        if norm == "group":
             y = self._group_norm(y, spec)
         return y if spec.activation is None else self.tape.activation(y, spec.activation)
 
@@ -192,7 +212,9 @@ class _Network:
     def _parameter(self, name: str) -> Value:
         if name not in self.parameters:
             self.tensors[name] = lambda tensors: tensors[name]
-            self.parameters[name] = self.tape.input(name, self._shapes[name], live=name in self.trainable)
+            shape, live = self._shapes[name], name in self.trainable
+            part = self.plan.part_shape(name, shape) if live else shape
+            self.parameters[name] = self.tape.input(name, shape, live=live, part=None if part == shape else part)
         return self.parameters[name]
 
     def _derived(self, name: str, shape: tuple[int, ...], derive: _Derive) -> Value:

@@ -22,11 +22,18 @@ class Value:
         name: in the graph.
         shape: its sizes; maps are `(1, channels, height, width)`.
         live: whether something that trains is behind it, so that its gradient is wanted.
+        part: where only a leading part trains, that part's shape, which its gradient then has.
     """
 
     name: str
     shape: tuple[int, ...]
     live: bool = False
+    part: tuple[int, ...] | None = None
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Shape of its gradient."""
+        return self.part or self.shape
 
 
 class Tape:
@@ -47,11 +54,13 @@ class Tape:
 
     # -- the graph ---------------------------------------------------------------------------------------------------
 
-    def input(self, name: str, shape: Sequence[int], *, live: bool = False) -> Value:
-        """A tensor that is given to every run."""
+    def input(
+        self, name: str, shape: Sequence[int], *, live: bool = False, part: tuple[int, ...] | None = None
+    ) -> Value:
+        """A tensor that is given to every run; the other arguments are those of `Value`."""
         if name not in self._inputs:
             self._inputs[name] = helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
-        return Value(name, tuple(shape), live)
+        return Value(name, tuple(shape), live, part)
 
     def output(self, name: str, value: str, shape: Sequence[int]) -> None:
         """A tensor that every run returns."""
@@ -85,6 +94,14 @@ class Tape:
     def shaped(self, name: str, shape: Sequence[int]) -> str:
         """A tensor seen in another shape; nothing is copied."""
         return self.node("Reshape", name, self.constant(np.array(shape, np.int64)))
+
+    def leading(self, name: str, shape: Sequence[int], part: Sequence[int]) -> str:
+        """The first values along every axis, as many as the part has; the tensor itself where it has no more."""
+        cut = [axis for axis, (side, count) in enumerate(zip(shape, part, strict=True)) if count < side]
+        if not cut:
+            return name
+        bounds = ([0] * len(cut), [part[axis] for axis in cut], cut)
+        return self.node("Slice", name, *(self.constant(np.array(item, np.int64)) for item in bounds))
 
     def summed(self, name: str, axes: Sequence[int], *, keepdims: bool = True) -> str:
         """A tensor's sum over axes; the tensor itself where there are none."""
@@ -137,15 +154,22 @@ class Tape:
         return self._noted(self.node("Add", x.name, term.name), x.shape, [x, term], step)
 
     def multiply(self, x: Value, factor: Value) -> Value:
-        """`x * factor`, where `factor` may have sides of 1 that are repeated."""
+        """`x * factor`, where `factor` may have sides of 1 that are repeated.
+
+        Where `x` trains in part and the factor does not, so does the result.
+        """
+        part = None if factor.live else x.part
 
         def step(grad: str) -> None:
             if factor.live:
                 self.send(factor, self.summed(self.node("Mul", grad, x.name), _repeated(x, factor)))
             if x.live:
-                self.send(x, self.node("Mul", grad, factor.name))
+                given = part or x.shape
+                passed = self.node("Mul", grad, self.leading(factor.name, factor.shape, given))
+                self.send(x, self.leading(passed, given, x.trained))
 
-        return self._noted(self.node("Mul", x.name, factor.name), x.shape, [x, factor], step)
+        product = self._noted(self.node("Mul", x.name, factor.name), x.shape, [x, factor], step)
+        return replace(product, part=part)
 
     def activation(self, x: Value, name: str) -> Value:
         """Any of `network.ACTIVATIONS`; as in torch, the slope where pieces meet is that of the flat piece."""
@@ -199,6 +223,18 @@ class Tape:
 
         return self._noted(y, (1, channels, *out), [x], step)
 
+    def upsample(self, x: Value, sides: tuple[int, int]) -> Value:
+        """Bilinear interpolation to a `(height, width)` no smaller than before: a matrix product along each side."""
+        rows, columns = (_interpolation(n, m) for n, m in zip(x.shape[2:], sides, strict=True))
+        down, across = self.constant(rows), self.constant(np.ascontiguousarray(columns.T))
+        y = self.node("MatMul", self.node("MatMul", down, x.name), across)
+
+        def step(grad: str) -> None:
+            back = self.node("MatMul", grad, self.constant(columns))
+            self.send(x, self.node("MatMul", self.constant(np.ascontiguousarray(rows.T)), back))
+
+        return self._noted(y, (*x.shape[:2], *sides), [x], step)
+
     def max_pool(self, x: Value) -> Value:
         """The largest of 3 x 3 windows at stride 2 from one pixel outside; the first of equals gets the gradient."""
         shape = (*x.shape[:2], *(-(-length // 2) for length in x.shape[2:]))
@@ -219,10 +255,13 @@ class Tape:
 
     def linear(self, x: Value, weight: Value, bias: Value) -> Value:
         """`(1, features)` to `(1, out)`; weight `(out, features)`, bias `(out,)`."""
+        out, features = weight.trained
+        kept = self._first_channels(x, features) if weight.live else x
 
         def step(grad: str) -> None:
             if weight.live:
-                self.send(weight, self.node("Gemm", grad, x.name, transA=1))
+                rows = self.leading(grad, (1, weight.shape[0]), (1, out))
+                self.send(weight, self.node("Gemm", rows, kept.name, transA=1))
             if bias.live:
                 self.send(bias, self.shaped(grad, bias.shape))
             if x.live:
@@ -232,22 +271,32 @@ class Tape:
         return self._noted(y, (1, weight.shape[0]), [x, weight, bias], step)
 
     def conv(self, x: Value, weight: Value, bias: Value | None, window: Window) -> Value:
-        """Convolution; weight `(out_channels, in_channels / groups, k, k)`, bias `(out_channels,)`."""
+        """Convolution; weight `(out_channels, in_channels / groups, k, k)`, bias `(out_channels,)`.
+
+        Of the input only the channels are kept that the gradient of what trains of the weight needs.
+        """
         inputs = [x, weight, *([] if bias is None else [bias])]
         settings = {"group": window.groups, "strides": [window.stride] * 2, "pads": list(window.pads)}
         y = self.node("Conv", *(item.name for item in inputs), **settings)
         sides = [window.out_side(length, weight.shape[2], axis) for axis, length in enumerate(x.shape[2:])]
         shape = (1, weight.shape[0], *sides)
+        read = weight.trained[1] if window.groups == 1 else weight.trained[0]
+        kept = self._first_channels(x, read) if weight.live else x
 
         def step(grad: str) -> None:
             if bias is not None and bias.live:
                 self.send(bias, self.summed(grad, (0, 2, 3), keepdims=False))
             if weight.live:
-                self.send(weight, self._weight_gradient(x, weight, grad, shape, window))
+                self.send(weight, self._weight_gradient(kept, weight.trained, grad, shape, window))
             if x.live:
                 self.send(x, self._input_gradient(x, weight, grad, shape, window))
 
         return self._noted(y, shape, inputs, step)
+
+    def _first_channels(self, x: Value, count: int) -> Value:
+        """The first channels of `x`, so that the others need not be kept; `x` itself where they are all."""
+        shape = (1, count, *x.shape[2:])
+        return Value(self.leading(x.name, x.shape, shape), shape)
 
     def _input_gradient(self, x: Value, weight: Value, grad: str, shape: tuple[int, ...], window: Window) -> str:
         """Of a convolution's input: a matrix product, a convolution with the flipped kernel, or a transposed one."""
@@ -269,15 +318,26 @@ class Tape:
         settings = {"strides": [window.stride] * 2, "pads": list(window.pads), "output_padding": left}
         return self.node("ConvTranspose", grad, weight.name, group=window.groups, **settings)
 
-    def _weight_gradient(self, x: Value, weight: Value, grad: str, shape: tuple[int, ...], window: Window) -> str:
-        """Of a convolution's weight: its input convolved with the result's gradient as the kernel."""
-        kernel = weight.shape[2]
+    def _weight_gradient(
+        self, x: Value, part: tuple[int, ...], grad: str, shape: tuple[int, ...], window: Window
+    ) -> str:
+        """Of what trains of a convolution's weight: its input convolved with the result's gradient as the kernel.
+
+        Args:
+            x: of the input, the channels that the part reads.
+            part: shape of what trains.
+            grad: the result's gradient; shape: its.
+            window: of the convolution.
+        """
+        out, kernel = part[0], part[2]
+        grad = self.leading(grad, shape, (1, out, *shape[2:]))
         if window.is_pointwise(kernel):
-            rows = [self.shaped(name, (channels, -1)) for name, channels in ((grad, shape[1]), (x.name, x.shape[1]))]
-            return self.shaped(self.node("Gemm", *rows, transB=1), weight.shape)
-        spread = {"dilations": [window.stride] * 2, "pads": list(window.pads), "group": window.groups}
-        maps = self.shaped(x.name, (x.shape[1], 1, *x.shape[2:])) if window.groups == 1 else x.name
-        found = self.node("Conv", maps, self.shaped(grad, (shape[1], 1, *shape[2:])), **spread)
+            rows = [self.shaped(name, (channels, -1)) for name, channels in ((grad, out), (x.name, x.shape[1]))]
+            return self.shaped(self.node("Gemm", *rows, transB=1), part)
+        is_dense = window.groups == 1
+        spread = {"dilations": [window.stride] * 2, "pads": list(window.pads), "group": 1 if is_dense else out}
+        maps = self.shaped(x.name, (x.shape[1], 1, *x.shape[2:])) if is_dense else x.name
+        found = self.node("Conv", maps, self.shaped(grad, (out, 1, *shape[2:])), **spread)
         first, end, axes = (self.constant(np.array(item, np.int64)) for item in ([0, 0], [kernel] * 2, [2, 3]))
         return self.node("Slice", self.node("Transpose", found, perm=[1, 0, 2, 3]), first, end, axes)
 
@@ -309,6 +369,14 @@ _Slope = Callable[[str], str]
 def _repeated(x: Value, other: Value) -> list[int]:
     """The axes along which the other is repeated to x's shape."""
     return [axis for axis, (own, side) in enumerate(zip(x.shape, other.shape, strict=True)) if side != own]
+
+
+def _interpolation(before: int, after: int) -> np.ndarray:
+    """Linear interpolation of a side as a matrix `(after, before)`: pixels are areas, those outside are the edge's."""
+    centres = (np.arange(after) + 0.5) * before / after - 0.5
+    places = np.clip(centres, 0, before - 1)
+    distances = np.abs(places[:, None] - np.arange(before))
+    return np.maximum(1 - distances, 0).astype(np.float32)
 
 
 def _masked(tape: Tape, mask: str, factor: float = 1.0) -> _Slope:

@@ -2,8 +2,8 @@
 
 A step (see `onnx_network`) takes "image" `(1, channels, side, side)`, "target" `(1, num_classes)`, a distribution over
 the classes, "uniform" `(1, features)`, draws from [0, 1) that say what dropout takes out, where the network has
-dropout, and every tensor by its name. It gives "loss" and "gradient:<name>" of each parameter that trains, or, where
-none does, "logits" `(1, num_classes)`.
+dropout, and every tensor by its name. It gives "loss" and "gradient:<name>" of each parameter that trains, of its
+leading part where only that trains, or, where none does, "logits" `(1, num_classes)`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class CompiledSession:
             wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
             raise WireError(f"the task's tensors are not its graph's: {len(wrong)} differ, among them {wrong[:3]}")
         self._tensors = dict(tensors)
-        self._outputs = [item.name for item in self._session.get_outputs()]
+        self._outputs = {item.name: tuple(item.shape) for item in self._session.get_outputs()}
 
     @property
     def side(self) -> int:
@@ -81,9 +81,10 @@ class CompiledSession:
         return self._taken["image"][2]
 
     @property
-    def trainable(self) -> tuple[str, ...]:
-        """The parameters whose gradients a run gives."""
-        return tuple(name.removeprefix(_GRADIENT) for name in self._outputs if name.startswith(_GRADIENT))
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The parameters whose gradients a run gives, in order, each with the shape of its leading part that trains."""
+        gradients = {name: shape for name, shape in self._outputs.items() if name.startswith(_GRADIENT)}
+        return {name.removeprefix(_GRADIENT): shape for name, shape in gradients.items()}
 
     @property
     def num_classes(self) -> int:
@@ -100,18 +101,19 @@ class CompiledSession:
 
     def run(self, example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the step gives for one example; gradients by their parameters' names."""
-        results = cast("list[np.ndarray]", self._session.run(self._outputs, {**self._tensors, **example}))
+        results = cast("list[np.ndarray]", self._session.run(list(self._outputs), {**self._tensors, **example}))
         return {name.removeprefix(_GRADIENT): found for name, found in zip(self._outputs, results, strict=True)}
 
 
 def _options() -> onnxruntime.SessionOptions:
-    """One thread; memory is used again as soon as a result has been used, without a plan made ahead, which takes more.
+    """One thread; memory is freed as soon as a result has been used, without a plan made ahead, which takes more, and
+    without an arena, which grows by doubling.
 
     Nodes run in the graph's order: masks are computed before the activations that they stand for are let go.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.log_severity_level = 3
     return options
@@ -135,8 +137,10 @@ def fine_tune_compiled(
     """
     if not len(examples.labels):
         raise DatasetError("fine-tuning needs at least 1 training example, found none; the client cannot take part")
-    parameters = {name: np.array(received[name]) for name in session.trainable}
-    session.replace(parameters)
+    parts = {name: tuple(map(slice, shape)) for name, shape in session.trained.items()}
+    whole = {name: np.array(received[name]) for name in parts}
+    session.replace(whole)
+    parameters = {name: whole[name][part] for name, part in parts.items()}  # views: the session sees their changes
     optimiser, draws, dropout = build_numpy_optimiser(training), TorchDraws(seeds[1]), np.random.default_rng(seeds[0])
     losses = []
     for batch in _batches(len(examples.labels), training, draws):
@@ -145,11 +149,11 @@ def fine_tune_compiled(
         losses.append(loss)
         if training.proximal_mu:
             for name, parameter in parameters.items():
-                gradients[name] += training.proximal_mu * (parameter - received[name])
+                gradients[name] += training.proximal_mu * (parameter - received[name][parts[name]])
         if training.max_gradient_norm:
             clip_gradients(gradients, training.max_gradient_norm)
         optimiser.step(parameters, gradients)
-    weights = {name: parameter - received[name] for name, parameter in parameters.items()}
+    weights = {name: parameter - received[name][parts[name]] for name, parameter in parameters.items()}
     return FineTuneResult(weights, len(losses), float(np.mean(losses)))
 
 

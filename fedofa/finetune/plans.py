@@ -96,6 +96,11 @@ def needs_contributions(names: Iterable[str]) -> bool:
     return any(_SPARSE.fullmatch(name.replace(" ", "")) for name in names)
 
 
+def has_low_rank(names: Iterable[str]) -> bool:
+    """Whether any of the plans of these names trains factors of low rank."""
+    return any(_LORA.fullmatch(name.replace(" ", "")) for name in names)
+
+
 def choose_segments(blocks: Sequence[BlockCost], trainable: Collection[str]) -> tuple[tuple[str, ...], ...]:
     """The checkpointed segments, of uneven length, with which the least is kept at a time.
 

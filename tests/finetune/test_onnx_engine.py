@@ -1,5 +1,6 @@
 """The engine without torch against the one with it: draws, inputs, single operations, steps and whole deltas."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from fedofa.finetune.trainer import fine_tune, shifted
 from fedofa.supernet.elastic import ElasticSupernet
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError, DatasetError, WireError
+from fedofa.types.plan import FineTunePlan
 
 NORMALISATION = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 3, 40, 40)).astype(np.uint8)
@@ -53,7 +55,14 @@ SPACES = {
             "{width: 48, expand: 1.0, stride: 2, kind: residual}]",
         ),
     ),
+    "lite branches, group norm": ("small", "group", ("supernet.lite_residual=true",)),
+    "lite branches, batch norm": (
+        "mobilenet_v2",
+        "batch",
+        ("supernet.pretrained=null", "supernet.resolutions=[47]", "supernet.lite_residual=true"),
+    ),
 }
+KINDS = ("head", "bias", "last_blocks(2)", "full", "parts", "parts and scales", "lite_residual")
 
 
 def build(space: str, *, dropout: float = 0.0) -> tuple[ElasticSupernet, torch.nn.Module, dict[str, np.ndarray]]:
@@ -83,6 +92,23 @@ def stored(count: int = len(LABELS)) -> StoredExamples:
 def inputs(supernet: ElasticSupernet) -> torch.Tensor:
     side = supernet.resolution(supernet.space.smallest())
     return prepare_inputs(IMAGES, NORMALISATION["mean"], NORMALISATION["std"], side)
+
+
+def train_only(*names: str) -> FineTunePlan:
+    """A plan of these parameters."""
+    return FineTunePlan("some", names)
+
+
+def plan_of(kind: str, supernet: ElasticSupernet) -> FineTunePlan:
+    """The smallest subnet's plan: of that name, or "parts": biases and of every weight some of its channels."""
+    blocks = supernet.block_costs(supernet.space.smallest())
+    if not kind.startswith("parts"):
+        return build_plan(kind, blocks, statistics="frozen")
+    fractions = itertools.cycle((0.3, 0.5, 1.0, 0.05))
+    items = [item for block in blocks for item in block.parameters]
+    trained = [item.name for item in items if kind == "parts and scales" or not item.name.endswith("norm.weight")]
+    parts = tuple((item.name, next(fractions)) for item in items if item.name in trained and len(item.shape) > 1)
+    return FineTunePlan(kind, tuple(trained), statistics="frozen", fractions=parts)
 
 
 # -- what is drawn and prepared ----------------------------------------------------------------------------------------
@@ -191,6 +217,69 @@ def test_convolutions_have_torchs_gradients(groups, kernel, stride, side, shift)
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", [(6, 2, 3, 3), (4, 1, 3, 3), (1, 6, 3, 3), (5, 6, 1, 1), (6, 5, 1, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_of_a_weight_that_trains_in_part_the_gradient_is_that_part_of_the_whole(part, stride):
+    out, channels, kernel, _ = part
+    groups = 6 if channels == 1 else 1
+    window = Window(stride, (kernel // 2,) * 4, groups)
+    shape = (6, 6 // groups, kernel, kernel)
+    rng = np.random.default_rng(11)
+    feeds = {"x": (1, 6, 8, 9), "w": shape, "f": (6, 1, 1, 1)}
+    feeds = {name: rng.normal(size=sides).astype(np.float32) for name, sides in feeds.items()}
+    gradients = {}
+    for scale_trains, trained in itertools.product((False, True), (None, part)):
+        tape = Tape()
+        x, weight = tape.input("x", feeds["x"].shape, live=True), tape.input("w", shape, live=True, part=trained)
+        factor = tape.input("f", feeds["f"].shape, live=scale_trains)
+        y = tape.conv(x, tape.multiply(weight, factor), None, window)
+        tape.differentiate(y, tape.input("grad", y.shape).name)
+        for value in (x, weight, *([factor] if scale_trains else [])):
+            tape.output(f"gradient {value.name}", tape.gradient(value), value.trained)
+        grad = np.random.default_rng(12).normal(size=y.shape).astype(np.float32)
+        gradients[scale_trains, trained] = run_tape(tape, {**feeds, "grad": grad})
+    for scale_trains in (False, True):
+        whole, found = gradients[scale_trains, None], gradients[scale_trains, part]
+        assert found[1].shape == part
+        whole[1] = whole[1][:out, :channels]
+        for ours, expected in zip(found, whole, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [(5, 3), (2, 7)])
+def test_a_linear_weight_trains_in_part(part):
+    tape = Tape()
+    x, bias = tape.input("x", (1, 7), live=True), tape.input("b", (5,), live=True)
+    weight = tape.input("w", (5, 7), live=True, part=part)
+    y = tape.linear(x, weight, bias)
+    tape.differentiate(y, tape.input("grad", y.shape).name)
+    tape.output("gradient", tape.gradient(weight), weight.trained)
+    rng = np.random.default_rng(13)
+    feeds = {"x": (1, 7), "b": (5,), "w": (5, 7), "grad": (1, 5)}
+    feeds = {name: rng.normal(size=shape).astype(np.float32) for name, shape in feeds.items()}
+    expected = np.outer(feeds["grad"], feeds["x"])[: part[0], : part[1]]
+    np.testing.assert_allclose(run_tape(tape, feeds)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sides", [((4, 4), (8, 7)), ((1, 3), (2, 5)), ((3, 1), (3, 1)), ((5, 4), (11, 4))])
+def test_upsampling_is_torchs(sides):
+    before, after = sides
+    tape = Tape()
+    x = tape.input("x", (1, 3, *before), live=True)
+    y = tape.upsample(x, after)
+    tape.output("y", y.name, y.shape)
+    tape.differentiate(y, tape.input("grad", y.shape).name)
+    tape.output("gradient", tape.gradient(x), x.shape)
+    rng = np.random.default_rng(14)
+    feeds = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (("x", x.shape), ("grad", y.shape))}
+    given = torch.from_numpy(feeds["x"]).requires_grad_()
+    expected = functional.interpolate(given, size=after, mode="bilinear", align_corners=False)
+    expected.backward(torch.from_numpy(feeds["grad"]))
+    result, gradient = run_tape(tape, feeds)
+    np.testing.assert_allclose(result, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, given.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("side", [6, 7])
 @pytest.mark.parametrize("kind", ["max", "average", "mean"])
 def test_pools_have_torchs_gradients_ties_and_cut_windows_included(kind, side):
@@ -217,24 +306,27 @@ def test_pools_have_torchs_gradients_ties_and_cut_windows_included(kind, side):
 # -- whole steps -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("kind", ["head", "bias", "last_blocks(2)", "full"])
+@pytest.mark.parametrize(
+    ("space", "kind"),
+    [pair for pair in itertools.product(SPACES, KINDS) if pair[1] != "lite_residual" or "lite" in pair[0]],
+)
 def test_deltas_agree_over_a_local_epoch(space, kind):
     supernet, model, received = build(space)
-    subnet = supernet.space.smallest()
-    plan = build_plan(kind, supernet.block_costs(subnet), statistics="frozen")
+    subnet, plan = supernet.space.smallest(), plan_of(kind, supernet)
     recipe = replace(TRAINING, proximal_mu=0.1, max_gradient_norm=3.0)
     generator = torch.Generator().manual_seed(SEEDS[1])
     expected = fine_tune(model, plan, received, inputs(supernet), torch.from_numpy(LABELS), recipe, generator)
-    step = compile_step(supernet.network_spec(subnet), plan.trainable)
+    step = compile_step(supernet.network_spec(subnet), plan)
     onnx.checker.check_model(onnx.load_from_string(step.graph), full_check=True)
     feed = step.feed(received)
     session = CompiledSession(step.graph, feed)
-    assert session.trainable == plan.trainable
+    assert tuple(session.trained) == plan.trainable
     found = fine_tune_compiled(session, feed, stored(), recipe, SEEDS)
     assert found.num_steps == expected.num_steps == 3
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert set(found.weights) == set(plan.trainable)
+    assert {name: values.shape for name, values in found.weights.items()} == {
+        name: plan.part_shape(name, received[name].shape) for name in plan.trainable
+    }
     size = np.sqrt(sum(np.square(values).sum() for values in expected.weights.values()))
     gap = np.sqrt(sum(np.square(found.weights[name] - values).sum() for name, values in expected.weights.items()))
     assert 0 < gap < 1e-4 * size
@@ -249,7 +341,7 @@ def test_only_what_trains_is_in_the_backward_pass_and_nothing_else_is_sent():
     supernet, _, received = build("MobileNetV2, ReLU6")
     subnet = supernet.space.smallest()
     spec, blocks = supernet.network_spec(subnet), supernet.block_costs(subnet)
-    steps = {kind: compile_step(spec, build_plan(kind, blocks).trainable) for kind in ("head", "bias", "full")}
+    steps = {kind: compile_step(spec, build_plan(kind, blocks)) for kind in ("head", "bias", "full")}
     nodes = {kind: len(onnx.load_from_string(step.graph).graph.node) for kind, step in steps.items()}
     assert nodes["head"] < nodes["bias"] < nodes["full"]
     names = set(steps["head"].tensors)
@@ -260,10 +352,35 @@ def test_only_what_trains_is_in_the_backward_pass_and_nothing_else_is_sent():
     )
 
 
+def kept_values(graph: bytes) -> int:
+    """Values that the forward pass leaves for the backward pass; the graph is in order, the loss divides it."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph))
+    shapes = {
+        item.name: [side.dim_value for side in item.type.tensor_type.shape.dim] for item in model.graph.value_info
+    }
+    middle = next(place for place, node in enumerate(model.graph.node) if node.op_type == "LogSoftmax")
+    made = {name for node in model.graph.node[:middle] for name in node.output}
+    read = {name for node in model.graph.node[middle + 1 :] for name in node.input}
+    return sum(int(np.prod(shapes[name])) for name in made & read)
+
+
+@pytest.mark.parametrize("layer", ["project", "depthwise"])
+def test_a_layer_that_trains_in_part_keeps_those_channels_of_its_input_and_no_others(layer):
+    supernet, _, _ = build("MobileNetV2, ReLU6")
+    spec = supernet.network_spec(supernet.space.smallest())
+    block = spec.blocks[-1]
+    name, channels, positions = f"{block.name}.{layer}.conv.weight", block.mid_channels, 2 * 2
+    kept = []
+    for fraction in (1.0, 0.25):
+        plan = FineTunePlan("part", (name, "classifier.bias"), fractions=((name, fraction),))
+        kept.append(kept_values(compile_step(spec, plan).graph))
+    assert kept[0] - kept[1] == (channels - channels // 4) * positions
+
+
 def test_dropout_takes_out_what_its_draws_say_and_scales_the_rest():
     supernet, model, received = build("group norm, h-swish, SE", dropout=0.25)
     subnet = supernet.space.smallest()
-    step = compile_step(supernet.network_spec(subnet), ("classifier.weight",))
+    step = compile_step(supernet.network_spec(subnet), train_only("classifier.weight"))
     session = CompiledSession(step.graph, step.feed(received))
     uniform = np.random.default_rng(7).random(session.dropout_shape(), np.float32)
     image = inputs(supernet)[:1]
@@ -282,7 +399,7 @@ def test_dropout_takes_out_what_its_draws_say_and_scales_the_rest():
 
 def test_training_with_dropout_is_the_same_every_time():
     supernet, _, received = build("group norm, h-swish, SE", dropout=0.25)
-    step = compile_step(supernet.network_spec(supernet.space.smallest()), ("classifier.weight",))
+    step = compile_step(supernet.network_spec(supernet.space.smallest()), train_only("classifier.weight"))
     feed = step.feed(received)
     runs = [fine_tune_compiled(CompiledSession(step.graph, feed), feed, stored(), TRAINING, SEEDS) for _ in range(2)]
     assert np.array_equal(runs[0].weights["classifier.weight"], runs[1].weights["classifier.weight"])
@@ -293,7 +410,7 @@ def test_images_are_shifted_as_the_torch_engine_shifts_them():
     supernet, model, received = build("group norm, h-swish, SE")
     plan = build_plan("head", supernet.block_costs(supernet.space.smallest()))
     recipe = replace(TRAINING, max_shift=3, max_steps=1, batch_size=8)
-    step = compile_step(supernet.network_spec(supernet.space.smallest()), plan.trainable)
+    step = compile_step(supernet.network_spec(supernet.space.smallest()), plan)
     feed = step.feed(received)
     found = fine_tune_compiled(CompiledSession(step.graph, feed), feed, stored(), recipe, SEEDS)
     generator = torch.Generator().manual_seed(SEEDS[1])
@@ -308,7 +425,7 @@ def test_images_are_shifted_as_the_torch_engine_shifts_them():
 @pytest.mark.parametrize("space", ["batch norm, h-swish, SE", "ProxylessNAS, ReLU6"])
 def test_scores_are_torchs(space):
     supernet, model, received = build(space)
-    step = compile_step(supernet.network_spec(supernet.space.smallest()), ())
+    step = compile_step(supernet.network_spec(supernet.space.smallest()), train_only())
     found = score_compiled(CompiledSession(step.graph, step.feed(received)), stored())
     expected = evaluate(model, inputs(supernet), torch.from_numpy(LABELS))
     assert (found.accuracy, found.num_examples) == (expected.accuracy, expected.num_examples)
@@ -319,8 +436,10 @@ def test_what_does_not_belong_together_is_refused():
     supernet, _, received = build("group norm, h-swish, SE")
     spec = supernet.network_spec(supernet.space.smallest())
     with pytest.raises(ConfigError, match=r"the plan trains \['stem.kernel'\], which this subnet does not have"):
-        compile_step(spec, ("stem.kernel",))
-    step = compile_step(spec, ("classifier.bias",))
+        compile_step(spec, train_only("stem.kernel"))
+    with pytest.raises(ConfigError, match=r"plan 'lora\(2\)' cannot be compiled: it trains .* factors of low rank"):
+        compile_step(spec, FineTunePlan("lora(2)", (), low_rank=("classifier.weight",), rank=2))
+    step = compile_step(spec, train_only("classifier.bias"))
     feed = step.feed(received)
     with pytest.raises(WireError, match="the task's graph cannot be loaded"):
         CompiledSession(b"no graph", feed)

@@ -18,6 +18,16 @@ QUICK = ("evaluation.comparison=false", "evaluation.clients=false")
 NAMES = ("sensor_board", "raspberry_pi", "phone", "workstation")
 PRESENT = [f"fleet.classes.{name}.availability=1.0" for name in NAMES]
 ROOMY = "fleet.classes.sensor_board.memory_bytes=1e9"
+PLANS = {
+    "full": (),
+    "sparse": ("finetune=sparse", "data.calibration_examples=60"),
+    "features kept, lite branches in the supernet": (
+        "finetune=last_blocks",
+        "finetune.feature_cache=true",
+        "finetune.max_shift=0",
+        "supernet.lite_residual=true",
+    ),
+}
 
 
 def engines(*names: str) -> list[str]:
@@ -36,8 +46,9 @@ def run_in_process(conf, folder: Path) -> tuple:
 
 
 @pytest.mark.slow
-def test_a_class_without_torch_trains_beside_the_others_and_changes_no_more_than_rounding(overrides, tmp_path):
-    settings = ("rounds=1", "fleet.clients_per_round=12", "finetune.learning_rate=0.01", ROOMY, *PRESENT)
+@pytest.mark.parametrize("plans", PLANS)
+def test_a_class_without_torch_trains_beside_the_others_and_changes_no_more_than_rounding(plans, overrides, tmp_path):
+    settings = ("rounds=1", "fleet.clients_per_round=12", *PLANS[plans], "finetune.learning_rate=0.01", ROOMY, *PRESENT)
     runs = {}
     for name, more in (("torch", ()), ("mixed", engines("sensor_board", "phone"))):
         conf = compose_conf(overrides(tmp_path / name, *settings, *more))
@@ -53,9 +64,18 @@ def test_a_class_without_torch_trains_beside_the_others_and_changes_no_more_than
     assert mixed_run.state.digest() != torch_run.state.digest()
 
 
-def test_clients_that_the_run_cannot_serve_sit_out_and_say_why(overrides, tmp_path):
-    settings = ("supernet.norm=batch", "data.calibration_examples=20", *engines("phone", "workstation"))
-    conf = compose_conf(overrides(tmp_path / "run", *settings))
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (
+            ("supernet.norm=batch", "data.calibration_examples=20"),
+            "one example at a time gives batch norm no statistics",
+        ),
+        (("finetune=lora",), "compiled steps train no factors of low rank; leave lora(r) out of finetune.plans"),
+    ],
+)
+def test_clients_that_the_run_cannot_serve_sit_out_and_say_why(settings, why, overrides, tmp_path):
+    conf = compose_conf(overrides(tmp_path / "run", *settings, *engines("phone", "workstation")))
     strategy = build_parts(conf).strategy(tmp_path / "run")
     with InProcessGrid(num_nodes=12, run_config={"config": encode_conf(conf)}, num_workers=1) as grid:
         clients, refused = strategy.enrol(grid)
@@ -63,7 +83,7 @@ def test_clients_that_the_run_cannot_serve_sit_out_and_say_why(overrides, tmp_pa
     assert {item.profile.engine for item in clients} == {"torch"}
     assert refused
     for reason in refused.values():
-        assert reason.startswith("engine onnxruntime: one example at a time gives batch norm no statistics; set")
+        assert reason.startswith(f"engine onnxruntime: {why}")
 
 
 def mapped(pid: int) -> str:
