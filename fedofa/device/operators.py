@@ -152,6 +152,16 @@ class OperatorIndex:
             )
         return cls(supernet.space, supernet.network_spec)
 
+    @cached_property
+    def column_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The columns, those together that set the same places; all of a group stand in a subnet, or none."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for column in range(self.encoding.num_columns):
+            places = tuple(place for place, columns in enumerate(self._columns) if column in columns)
+            key = (places, self.encoding.control_of(column)) if len(places) == 1 else (column,)
+            groups.setdefault(key, []).append(column)
+        return tuple(tuple(columns) for columns in groups.values())
+
     def look_up(self, rows: np.ndarray) -> np.ndarray:
         """The operators of subnets: numbers `(num_subnets, num_places)`, -1 where the subnet has no such part."""
         codes = ((rows + 1.0) @ self._radix).astype(np.int64) + self._offsets  # whole numbers below 2^53: exact
