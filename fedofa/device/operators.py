@@ -332,6 +332,13 @@ class SubnetBatch:
         """Numbers of operators, `(num_subnets, num_places)`; -1 where there is none."""
         return self.index.look_up(self.rows)
 
+    @cached_property
+    def _in_padded(self) -> np.ndarray:
+        """Where in a table a place, with a column more for no operator, each entry stands, `(num_subnets, num_places)`."""
+        width = len(self.index.operators) + 1
+        places = np.arange(len(self.index.places)) * width
+        return places + np.where(self.present, self.operators, width - 1)
+
     def total(self, table: np.ndarray) -> np.ndarray:
         """The sum of a value an operator over each subnet's operators, `(num_subnets,)`.
 
@@ -350,10 +357,10 @@ class SubnetBatch:
         Args:
             table: `(num_places, num_operators)`.
         """
-        places = np.arange(len(self.index.places))
-        return np.where(self.present, table[places, self.operators], 0)
+        padded = np.concatenate([table, np.zeros((len(table), 1), table.dtype)], axis=1)
+        return padded.ravel().take(self._in_padded)
 
-    @property
+    @cached_property
     def present(self) -> np.ndarray:
         """Where a subnet has a part, bool `(num_subnets, num_places)`."""
         return self.operators >= 0

@@ -137,7 +137,8 @@ class Devices:
             `(num_subnets, num_limits)`, in the order of `limit_names`.
         """
         features = self.way.costs.features(batch).matrix()
-        latency = self.tables[owners[:, None], batch.operators].sum(axis=1) + self.overheads[owners]
+        latency = self.tables[owners[:, None], batch.operators] @ np.ones(batch.operators.shape[1])
+        latency += self.overheads[owners]
         memory, seconds = ((features * item[owners]).sum(axis=1) for item in (self.memory, self.seconds))
         own = np.stack([memory, seconds, latency], axis=1) - 1.0
         return np.concatenate([own, self.way.limits.excess(batch)], axis=1)

@@ -35,6 +35,8 @@ _AROUND = (1.0, 1.3)
 """The prices that are tried, as multiples of the one at which the first-order costs just fit."""
 _AT_A_TIME = 4096
 """Subnets that are priced at once: few enough for a processor's cache."""
+_TOGETHER = 128
+"""Devices that step together: their effects fit into a processor's cache."""
 _LEAST, _MOST, _TINY = 1e-4, 1e4, 1e-12
 """Where the price is sought, as multiples of a device's typical ratio of accuracy to cost."""
 
@@ -57,7 +59,9 @@ def refine(
     for _ in range(steps):
         if not len(active):
             break
-        found, reached = _step(index, predictor, rows[active], accuracies[active], active, excess)
+        parts = np.array_split(active, -(-len(active) // _TOGETHER))
+        stepped = [_step(index, predictor, rows[part], accuracies[part], part, excess) for part in parts]
+        found, reached = (np.concatenate(part) for part in zip(*stepped, strict=True))
         better = reached > accuracies[active]
         active, found, reached = active[better], found[better], reached[better]
         rows[active], accuracies[active] = found, reached
@@ -204,17 +208,17 @@ class Changes:
         among = min(_PAIRED, score.shape[1] - 1)
         best = np.argpartition(-score, among, axis=1)[:, :among]
         first, second = np.triu_indices(among, 1)
-        one, other = best[:, first], best[:, second]
+        groups = self.group[best]
         gains = np.take_along_axis(effects.gains, best, axis=1)
         expected = gains[:, first] + gains[:, second]
-        fits = self.group[one] != self.group[other]
+        fits = groups[:, first] != groups[:, second]
         for limit in range(effects.room.shape[1]):
             added = np.take_along_axis(effects.added[:, :, limit], best, axis=1)
             fits &= added[:, first] + added[:, second] <= effects.room[:, limit, None]
         expected[~fits] = -np.inf
         kept = min(_PAIRS, len(first) - 1)
         chosen = np.argpartition(-expected, kept, axis=1)[:, :kept]
-        one, other = (np.take_along_axis(changes, chosen, axis=1) for changes in (one, other))
+        one, other = (np.take_along_axis(best, part[chosen], axis=1) for part in (first, second))
         rows = []
         for number in range(kept):
             targets = self.targets[one[:, number]]
