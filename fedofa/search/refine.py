@@ -19,8 +19,9 @@ from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.search.accuracy import AccuracyPredictor
 from fedofa.types.encoding import Encoding
 
-Excess = Callable[[SubnetBatch, np.ndarray], np.ndarray]
-"""By which share subnets exceed limits, from a batch and the device of every subnet, `(num_subnets, num_limits)`."""
+Excess = Callable[[SubnetBatch, np.ndarray, np.ndarray], np.ndarray]
+"""By which share subnets exceed limits, from a batch and, for every pair, the number of a subnet in it and that of a
+device, `(num_pairs, num_limits)`."""
 
 _SHARPNESS = 20.0
 """How fast a limit's weight falls with the share of it that is left."""
@@ -33,9 +34,7 @@ _LEFT = -1
 """A column that a change leaves as it is."""
 _AROUND = (1.0, 1.3)
 """The prices that are tried, as multiples of the one at which the first-order costs just fit."""
-_AT_A_TIME = 4096
-"""Subnets that are priced at once: few enough for a processor's cache."""
-_TOGETHER = 128
+_TOGETHER = 48
 """Devices that step together: their effects fit into a processor's cache."""
 _LEAST, _MOST, _TINY = 1e-4, 1e4, 1e-12
 """Where the price is sought, as multiples of a device's typical ratio of accuracy to cost."""
@@ -59,6 +58,7 @@ def refine(
     for _ in range(steps):
         if not len(active):
             break
+        active = active[np.lexsort(rows[active].T)]  # devices with one subnet step together
         parts = np.array_split(active, -(-len(active) // _TOGETHER))
         stepped = [_step(index, predictor, rows[part], accuracies[part], part, excess) for part in parts]
         found, reached = (np.concatenate(part) for part in zip(*stepped, strict=True))
@@ -78,36 +78,54 @@ def _step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best subnet of one step for every device, and its accuracy; minus infinity where none meets the limits."""
     changes = Changes(index, rows)
-    single, device, change = changes.single()
-    own = excess(SubnetBatch(index, rows), owners).astype(np.float32)
+    single, subnets, device, change = _singles(index, rows)
+    own = excess(SubnetBatch(index, rows), np.arange(len(rows)), owners).astype(np.float32)
     shape = (len(rows), len(changes.group))
     gains, added = np.zeros(shape, np.float32), np.zeros((*shape, own.shape[1]), np.float32)
-    reached, over = _priced(index, predictor, single, owners[device], excess)
+    reached, over = _priced(index, predictor, single, subnets, owners[device], excess)
     gains[device, change], added[device, change] = reached - accuracies[device], over - own[device]
     closeness = np.exp(_SHARPNESS * own)
     weights = closeness / closeness.sum(axis=1, keepdims=True)
     combined = changes.combined(Effects(gains, (added * weights[:, None]).sum(axis=2), added, -own))
-    near = np.concatenate([single, combined.reshape(-1, rows.shape[1])])
-    subnets = np.concatenate([device, np.repeat(np.arange(len(rows)), combined.shape[1])])
-    also, beyond = _priced(index, predictor, near[len(single) :], owners[subnets[len(single) :]], excess)
+    flat = combined.reshape(-1, rows.shape[1])
+    combining = np.repeat(np.arange(len(rows)), combined.shape[1])
+    also, beyond = _priced(index, predictor, flat, np.arange(len(flat)), owners[combining], excess)
+    near, subnets = np.concatenate([single, flat]), np.concatenate([subnets, len(single) + np.arange(len(flat))])
+    device = np.concatenate([device, combining])
     reached, over = np.concatenate([reached, also]), np.concatenate([over, beyond])
     within = np.nonzero(over.max(axis=1) <= 0)[0]
     best = within[np.argsort(reached[within], kind="stable")]
     rows, accuracies = rows.copy(), np.full(len(rows), -np.inf)
-    rows[subnets[best]], accuracies[subnets[best]] = near[best], reached[best]  # a device's last, its best, stays
+    rows[device[best]], accuracies[device[best]] = near[subnets[best]], reached[best]  # a device's last, its best, stays
     return rows, accuracies
 
 
+def _singles(index: OperatorIndex, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Subnets after one change, those once that several devices have, and which is which device's after which change.
+
+    `(num_subnets, num_columns)`, and for every pair of a device and a change the subnet, the device and the change.
+    """
+    distinct, of = np.unique(rows, axis=0, return_inverse=True)
+    changes = Changes(index, distinct)
+    single, parent, change = changes.single()
+    numbers = np.full((len(distinct), len(changes.group)), -1)
+    numbers[parent, change] = np.arange(len(single))
+    numbers = numbers[of.ravel()]
+    device, change = np.nonzero(numbers >= 0)
+    return single, numbers[device, change], device, change
+
+
 def _priced(
-    index: OperatorIndex, predictor: AccuracyPredictor, rows: np.ndarray, owners: np.ndarray, excess: Excess
+    index: OperatorIndex,
+    predictor: AccuracyPredictor,
+    rows: np.ndarray,
+    subnets: np.ndarray,
+    owners: np.ndarray,
+    excess: Excess,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and excess of subnets on their devices."""
-    accuracies, over = [], []
-    for start in range(0, len(rows), _AT_A_TIME):
-        batch = SubnetBatch(index, rows[start : start + _AT_A_TIME])
-        accuracies.append(predictor.predict(batch))
-        over.append(excess(batch, owners[start : start + _AT_A_TIME]))
-    return np.concatenate(accuracies), np.concatenate(over)
+    """Accuracy and excess of subnets on devices, for every pair of a row's number and a device."""
+    batch = SubnetBatch(index, rows)
+    return predictor.predict(batch)[subnets], excess(batch, subnets, owners)
 
 
 @dataclass(frozen=True, slots=True)
