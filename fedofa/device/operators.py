@@ -334,7 +334,7 @@ class SubnetBatch:
 
     @cached_property
     def _in_padded(self) -> np.ndarray:
-        """Where in a table a place, with a column more for no operator, each entry stands, `(num_subnets, num_places)`."""
+        """Positions in a table of all places with a column more, for no operator, `(num_subnets, num_places)`."""
         width = len(self.index.operators) + 1
         places = np.arange(len(self.index.places)) * width
         return places + np.where(self.present, self.operators, width - 1)

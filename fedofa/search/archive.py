@@ -72,7 +72,7 @@ class Archive:
 
 
 def build_archive(
-    index: OperatorIndex, predictor: AccuracyPredictor, num_devices: int = 4000, seed: int = 0
+    index: OperatorIndex, predictor: AccuracyPredictor, num_devices: int = 2000, seed: int = 0
 ) -> Archive:
     """The archive of a space.
 

@@ -32,7 +32,7 @@ _UNLIMITED = 1e300
 _TO_MILLI = 1e3
 _AT_A_TIME = 128
 """Devices that the archive is priced on at once."""
-_KEPT, _APART = (5, 3, 1), 8
+_KEPT, _APART = (5, 2, 1), 8
 """Subnets of a device that are refined: those it begins with, those that go on after a step, and the one after that;
 and columns in which those that it begins with differ at the least."""
 _ROUNDING = np.float32(1e-5)

@@ -1,10 +1,11 @@
 """From a subnet to a better one nearby, for many devices in step: what single changes bring tells which to combine.
 
-A step prices every change of one column on every device. To first order changes add up, so that the best combination
-within what is left of the limits is the one that takes, column by column, the change of most accuracy less a price on
-cost; the price is found by bisection (Lagrangian relaxation; Everett 1963). Of several limits, each counts the more the
-closer it is. A few combinations around that price are then priced as they are, and the best that meets all limits is
-taken.
+A step prices every change of one group of columns on every device; a block's kernel and expand ratio are one group. To
+first order changes add up, so that the best combination within what is left of the limits is the one that takes, group
+by group, the change of most accuracy less a price on cost; the price is found by bisection (Lagrangian relaxation;
+Everett 1963). Of several limits, each counts the more the closer it is. A few combinations around that price, and the
+most promising pairs of the changes that are best at it, are then priced as they are, and the best that meets all limits
+is taken.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ def _step(
     device = np.concatenate([device, combining])
     reached, over = np.concatenate([reached, also]), np.concatenate([over, beyond])
     within = np.nonzero(over.max(axis=1) <= 0)[0]
-    best = within[np.argsort(reached[within], kind="stable")]
+    best = within[np.argsort(reached[within], kind="stable")]  # the last of a device is its best, and stays
     rows, accuracies = rows.copy(), np.full(len(rows), -np.inf)
-    rows[device[best]], accuracies[device[best]] = near[subnets[best]], reached[best]  # a device's last, its best, stays
+    rows[device[best]], accuracies[device[best]] = near[subnets[best]], reached[best]
     return rows, accuracies
 
 
