@@ -152,6 +152,16 @@ class OperatorIndex:
             )
         return cls(supernet.space, supernet.network_spec)
 
+    @cached_property
+    def column_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The columns, those together that set the same places; all of a group stand in a subnet, or none."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for column in range(self.encoding.num_columns):
+            places = tuple(place for place, columns in enumerate(self._columns) if column in columns)
+            key = (places, self.encoding.control_of(column)) if len(places) == 1 else (column,)
+            groups.setdefault(key, []).append(column)
+        return tuple(tuple(columns) for columns in groups.values())
+
     def look_up(self, rows: np.ndarray) -> np.ndarray:
         """The operators of subnets: numbers `(num_subnets, num_places)`, -1 where the subnet has no such part."""
         codes = ((rows + 1.0) @ self._radix).astype(np.int64) + self._offsets  # whole numbers below 2^53: exact
@@ -322,6 +332,13 @@ class SubnetBatch:
         """Numbers of operators, `(num_subnets, num_places)`; -1 where there is none."""
         return self.index.look_up(self.rows)
 
+    @cached_property
+    def _in_padded(self) -> np.ndarray:
+        """Positions in a table of all places with a column more, for no operator, `(num_subnets, num_places)`."""
+        width = len(self.index.operators) + 1
+        places = np.arange(len(self.index.places)) * width
+        return places + np.where(self.present, self.operators, width - 1)
+
     def total(self, table: np.ndarray) -> np.ndarray:
         """The sum of a value an operator over each subnet's operators, `(num_subnets,)`.
 
@@ -340,10 +357,10 @@ class SubnetBatch:
         Args:
             table: `(num_places, num_operators)`.
         """
-        places = np.arange(len(self.index.places))
-        return np.where(self.present, table[places, self.operators], 0)
+        padded = np.concatenate([table, np.zeros((len(table), 1), table.dtype)], axis=1)
+        return padded.ravel().take(self._in_padded)
 
-    @property
+    @cached_property
     def present(self) -> np.ndarray:
         """Where a subnet has a part, bool `(num_subnets, num_places)`."""
         return self.operators >= 0

@@ -52,9 +52,10 @@ class PlannedPlaces:
         self.index = index
         self.plan_of = plan_of
         self._names = [index.parameter_names(place) for place in range(len(index.places))]
-        self._columns: dict[tuple[int, frozenset[str]], np.ndarray] = {}
+        self._columns: dict[tuple[int, frozenset[str]], int] = {}  # the number of each
+        self._values = np.zeros((1, len(index.operators) + 1))  # trained of every operator, a column each; last of none
         self._slots: dict[bytes, int] = {}  # by which places a subnet has
-        self._trained = np.zeros((1, len(index.places), len(index.operators)), np.int32)  # values, a pattern each
+        self._numbers = np.zeros((1, len(index.places)), np.int64)  # of every place's column, a pattern each
         self._recomputed = np.zeros((1, len(index.places)), bool)
         rng = np.random.default_rng(0)
         self.of(SubnetBatch(index, index.encoding.sample(rng, _WARM_UP)))
@@ -67,8 +68,7 @@ class PlannedPlaces:
         _, first, member = np.unique(codes, return_index=True, return_inverse=True)
         slots = [self._slot(present[row], batch.rows[row]) for row in first]
         slot = np.array(slots, np.int64)[member.ravel()]
-        places = np.arange(len(self.index.places))
-        trained = np.where(present, self._trained[slot[:, None], places, batch.operators], 0)
+        trained = self._values[self._numbers[slot], batch.operators]
         backward = present & (np.cumsum(trained, axis=1) > 0)
         return PlannedBatch(trained, backward, self._recomputed[slot] & backward)
 
@@ -80,22 +80,25 @@ class PlannedPlaces:
             names = set(plan.changes)
             columns = [self._column(place, names, plan) for place in range(len(self.index.places))]
             number = self._slots[key] = len(self._slots)
-            if number == len(self._trained):
-                self._trained, self._recomputed = _doubled(self._trained), _doubled(self._recomputed)
-            self._trained[number] = np.stack(columns)
+            if number == len(self._numbers):
+                self._numbers, self._recomputed = _doubled(self._numbers), _doubled(self._recomputed)
+            self._numbers[number] = columns
             self._recomputed[number] = np.isin(self.index.places, plan.recompute)
         return self._slots[key]
 
-    def _column(self, place: int, names: set[str], plan: FineTunePlan) -> np.ndarray:
-        """Trained values of every operator in a place; all plans of a space train the same part of a parameter."""
+    def _column(self, place: int, names: set[str], plan: FineTunePlan) -> int:
+        """The number of the column of a place; all plans of a space train the same part of a parameter."""
         own = self._names[place] & names
         if (place, own) not in self._columns:
-            column = np.zeros(len(self.index.operators), np.int64)
+            column = np.zeros(len(self.index.operators) + 1)
             for operator, cost in self.index.costs_in(place):
                 column[operator] = sum(
                     plan.num_trained(item.name, item.shape) for item in cost.parameters if item.name in own
                 )
-            self._columns[place, own] = column
+            number = self._columns[place, own] = len(self._columns)
+            if number == len(self._values):
+                self._values = _doubled(self._values)
+            self._values[number] = column
         return self._columns[place, own]
 
 
@@ -209,26 +212,30 @@ class RoundCosts:
         place, operator = self.index.place_table, self.index.operator_table
         self._parameters = operator(lambda cost: cost.num_parameters)
         self._statistics = operator(lambda cost: cost.num_statistics)
-        self._saved = place(lambda cost: cost.saved_elements)
-        self._inputs = place(lambda cost: cost.input_elements)
-        self._widest = place(lambda cost: cost.widest_elements)
-        self._macs = place(lambda cost: cost.macs)
+        self._saved = place(lambda cost: cost.saved_elements).astype(np.float64)  # whole numbers below 2^53: exact
+        self._inputs = place(lambda cost: cost.input_elements).astype(np.float64)
+        self._widest = place(lambda cost: cost.widest_elements).astype(np.float64)
+        self._macs = place(lambda cost: cost.macs).astype(np.float64)
 
     def features(self, batch: SubnetBatch) -> RoundFeatures:
         """The features of every subnet."""
         planned = self.plans.of(batch)
         saved, inputs, macs = (batch.in_places(table) for table in (self._saved, self._inputs, self._macs))
-        kept = np.where(planned.backward, np.where(planned.recomputed, inputs, saved), 0).sum(axis=1)
-        kept += np.where(planned.recomputed, saved - inputs, 0).max(axis=1)
+        each = np.ones(saved.shape[1])
+        if planned.recomputed.any():
+            kept = (planned.backward * np.where(planned.recomputed, inputs, saved)) @ each
+            kept += (planned.recomputed * (saved - inputs)).max(axis=1)
+        else:
+            kept = (planned.backward * saved) @ each
         again = planned.backward * (BACKWARD_PASSES + planned.recomputed)
         columns = (
             batch.total(self._parameters),
             batch.total(self._statistics),
-            planned.trained.sum(axis=1),
+            planned.trained @ each,
             kept + 2 * batch.in_places(self._widest).max(axis=1),
             inputs[:, 0],
-            macs.sum(axis=1),
-            (macs * (1 + again)).sum(axis=1),
+            macs @ each,
+            (macs * (1 + again)) @ each,
         )
         return RoundFeatures(*(column.astype(np.float64) for column in columns))
 

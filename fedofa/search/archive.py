@@ -72,7 +72,7 @@ class Archive:
 
 
 def build_archive(
-    index: OperatorIndex, predictor: AccuracyPredictor, num_devices: int = 4000, seed: int = 0
+    index: OperatorIndex, predictor: AccuracyPredictor, num_devices: int = 2000, seed: int = 0
 ) -> Archive:
     """The archive of a space.
 
@@ -99,8 +99,9 @@ def build_archive(
     accuracies = predictor.predict(batch)
     first = np.where(costs <= limits, accuracies[:, None], -np.inf).argmax(axis=0)
 
-    def excess(near: SubnetBatch, owners: np.ndarray) -> np.ndarray:
-        return (tables[owners[:, None], near.operators].sum(axis=1) / limits[owners] - 1.0)[:, None]
+    def excess(near: SubnetBatch, subnets: np.ndarray, owners: np.ndarray) -> np.ndarray:
+        costs = tables[owners[:, None], near.operators[subnets]] @ np.ones(near.operators.shape[1])
+        return (costs / limits[owners] - 1.0)[:, None]
 
     found, _ = refine(index, predictor, starts[first], excess, _STEPS)
     rows = np.unique(np.concatenate([starts, found]), axis=0)

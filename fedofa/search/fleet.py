@@ -32,7 +32,7 @@ _UNLIMITED = 1e300
 _TO_MILLI = 1e3
 _AT_A_TIME = 128
 """Devices that the archive is priced on at once."""
-_KEPT, _APART = (5, 2, 1), 16
+_KEPT, _APART = (5, 2, 1), 8
 """Subnets of a device that are refined: those it begins with, those that go on after a step, and the one after that;
 and columns in which those that it begins with differ at the least."""
 _ROUNDING = np.float32(1e-5)
@@ -127,20 +127,24 @@ class Devices:
         memory, seconds = ((features @ item[chosen].T).astype(np.float32) for item in (self.memory, self.seconds))
         return np.maximum(np.maximum(memory, seconds), latency) - np.float32(1)
 
-    def each(self, batch: SubnetBatch, owners: np.ndarray) -> np.ndarray:
-        """By which share each subnet exceeds each limit of its own device and those that all devices share.
+    def each(self, batch: SubnetBatch, owners: np.ndarray, subnets: np.ndarray | None = None) -> np.ndarray:
+        """By which share subnets exceed each limit of a device and those that all devices share.
 
         Args:
-            owners: the device of every subnet, `(num_subnets,)`.
+            owners: the device of every subnet, `(num_subnets,)`; of every pair where there are pairs.
+            subnets: the numbers of the subnets in the batch that are paired with the devices, `(num_pairs,)`.
 
         Returns:
-            `(num_subnets, num_limits)`, in the order of `limit_names`.
+            `(num_subnets, num_limits)` or `(num_pairs, num_limits)`, in the order of `limit_names`.
         """
-        features = self.way.costs.features(batch).matrix()
-        latency = self.tables[owners[:, None], batch.operators].sum(axis=1) + self.overheads[owners]
-        memory, seconds = ((features * item[owners]).sum(axis=1) for item in (self.memory, self.seconds))
+        chosen = np.arange(len(batch)) if subnets is None else subnets
+        features = self.way.costs.features(batch).matrix()[chosen]
+        latency = self.tables[owners[:, None], batch.operators[chosen]] @ np.ones(batch.operators.shape[1])
+        latency += self.overheads[owners]
+        each = np.ones(features.shape[1])
+        memory, seconds = ((features * item[owners]) @ each for item in (self.memory, self.seconds))
         own = np.stack([memory, seconds, latency], axis=1) - 1.0
-        return np.concatenate([own, self.way.limits.excess(batch)], axis=1)
+        return np.concatenate([own, self.way.limits.excess(batch)[chosen]], axis=1)
 
     def worst(self, batch: SubnetBatch, owners: np.ndarray) -> np.ndarray:
         """The greatest excess of subnets, each on its own device, `(num_subnets,)`."""
@@ -279,8 +283,8 @@ class FleetSearch:
     def _climbed(
         self, devices: Devices, owners: np.ndarray, rows: np.ndarray, steps: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        def excess(batch: SubnetBatch, numbers: np.ndarray) -> np.ndarray:
-            return devices.each(batch, owners[numbers])
+        def excess(batch: SubnetBatch, subnets: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+            return devices.each(batch, owners[numbers], subnets)
 
         return refine(self.index, self.predictor, rows, excess, steps)
 

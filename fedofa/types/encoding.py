@@ -71,6 +71,10 @@ class Encoding:
             rows[rows[:, parent] < minimum, column] = INACTIVE
         return rows
 
+    def control_of(self, column: int) -> tuple[int, int] | None:
+        """The column that says whether a subnet has this one, and from which value on it does; None: it always has."""
+        return next(((parent, minimum) for own, parent, minimum in self._controls if own == column), None)
+
     def sample(self, rng: np.random.Generator, num_subnets: int) -> np.ndarray:
         """Rows with every position drawn uniformly and independently, as `SearchSpace.sample` does."""
         return self.normalised(rng.integers(self.choices, size=(num_subnets, self.num_columns)))

@@ -150,6 +150,23 @@ def test_refinement_betters_what_the_archive_has(sparse, predictor):
     assert sum(refined) > sum(plain)
 
 
+def test_a_blocks_kernel_and_expand_ratio_are_one_group_and_other_columns_stand_alone():
+    names = [{INDEX.encoding.names[column].split("[")[0] for column in group} for group in INDEX.column_groups]
+    assert sorted(itertools.chain(*INDEX.column_groups)) == list(range(INDEX.encoding.num_columns))
+    assert {"kernel", "expand"} in names
+    assert all(group == {"kernel", "expand"} or len(group) == 1 for group in names)
+
+
+def test_a_devices_choice_does_not_depend_on_the_rest_of_the_fleet(archive, predictor):
+    demands = random_demands(12, seed=2)
+    search = FleetSearch(archive, predictor, [[PLAIN]])
+    together = search.assign(demands)
+    for demand, choice in zip(demands, together, strict=True):
+        (alone,) = search.assign([demand])
+        assert (alone.row == choice.row).all()
+        assert alone.binding == choice.binding
+
+
 def test_a_device_without_limits_gets_the_best_subnet_and_nothing_binds(archive, predictor):
     (choice,) = FleetSearch(archive, predictor, [[PLAIN]]).assign([Demand(profile(), WORK, 1e12)])
     assert choice.binding == "none"
