@@ -1,6 +1,7 @@
 """Law 8: does training stay within the memory that its plan says? `python benchmarks/memory_budgets.py --pairs 200`.
 
-Every row is a random subnet of a random family under a random budget. The planner makes a plan for it; a process of its
+Every row is a random subnet of a random family under a random budget. Every second one trains a set beside the weights
+themselves: `sparse`, `lora` or `lite_residual`. The planner makes a plan for it; a process of its
 own trains it as a client does: the received weights in one buffer, a module filled from it, uint8 images made into
 inputs, two steps, the delta. `measured` is the most resident memory above what that process held after `warm_up`, with
 the allocator tuned; `figure` is what the plan said. A row is within where they differ by at most 10 % of the measured
@@ -28,6 +29,9 @@ from rich.progress import Progress
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.finetune.memory import tune_allocator, warm_up
+from fedofa.finetune.plans import needs_contributions
+from fedofa.finetune.probing import measure_contributions
+from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.supernet.base import Supernet, fill_skeleton
 from fedofa.supernet.elastic import ElasticSpec
@@ -43,6 +47,7 @@ _RESOLUTIONS = (64, 96, 128, 160, 192)
 _NUM_CLASSES = 20
 _WITHIN_FRACTION, _WITHIN_BYTES = 0.1, 8_000_000
 _MEGABYTE = 1_000_000
+_SETS = ("sparse(0.25)", "lora(4)", "lite_residual")
 
 
 def draw_spec(rng: np.random.Generator) -> ElasticSpec:
@@ -65,16 +70,22 @@ def draw_spec(rng: np.random.Generator) -> ElasticSpec:
 def draw_pair(number: int) -> dict[str, Any]:
     """The pair of that number: what a client is sent to train, and what the planner says that it takes."""
     rng = np.random.default_rng([8, number])
-    supernet = build_elastic(draw_spec(rng), torch.Generator().manual_seed(0))
+    spec = draw_spec(rng)
+    sets = [kind for kind in _SETS if kind != "lite_residual" or hasattr(spec, kind)] if number % 2 else []
+    chosen = sets[number // 2 % len(sets)] if sets else ""
+    spec = replace(spec, lite_residual=True) if chosen == "lite_residual" else spec
+    supernet = build_elastic(spec, torch.Generator().manual_seed(0))
     subnet = supernet.space.sample(rng)
     side = supernet.resolution(subnet) or 0
     training = LocalTraining(batch_size=int(rng.choice([2, 4, 8])), max_steps=2)
     num_examples = int(rng.integers(8, 32))
-    kinds = KINDS[int(rng.integers(len(KINDS))) :]
-    budget = int(10 ** rng.uniform(7.2, 8.2))
+    first, budget = int(rng.integers(len(KINDS))), int(10 ** rng.uniform(7.2, 8.2))
+    settings: dict[str, Any] = {"kinds": (chosen,) if chosen else KINDS[first:]}
+    if needs_contributions(settings["kinds"]):
+        settings["contributions"] = contributions(supernet)
     while True:
         try:
-            found = plan_for_budget(supernet, subnet, training, num_examples, (3, side, side), budget, kinds=kinds)
+            found = plan_for_budget(supernet, subnet, training, num_examples, (3, side, side), budget, **settings)
             break
         except BudgetError as error:
             budget = error.smallest_bytes
@@ -92,6 +103,14 @@ def draw_pair(number: int) -> dict[str, Any]:
         "figure": found.memory.total_bytes,
         "parts": asdict(found.memory),
     }
+
+
+def contributions(supernet: Supernet) -> Contributions:
+    """What the largest subnet's layers contribute to the loss on two images of noise."""
+    subnet = supernet.space.largest()
+    side = supernet.resolution(subnet) or 0
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    return measure_contributions(supernet.build(subnet), supernet.block_costs(subnet), images, torch.arange(2))
 
 
 def train(supernet: Supernet, subnet: SubnetConfig, row: dict[str, Any], images: np.ndarray) -> None:

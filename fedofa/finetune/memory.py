@@ -7,6 +7,7 @@ kernels loaded), with `tune_allocator`: large tensors then go back to the operat
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -173,6 +174,8 @@ _CONVOLUTIONS = (_CONVOLUTION, _CONVOLUTION_BACKWARD)
 _NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
 _LANES = 16
 """Channels that oneDNN puts side by side in its own layouts, for registers of 512 bits."""
+_SMALL = 20480
+"""Values of one example up to which torch 2.13 prefers its own convolution."""
 
 
 def scratch_bytes(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
@@ -181,16 +184,40 @@ def scratch_bytes(func: Callable[..., Any], args: tuple[Any, ...]) -> int:
     oneDNN copies a convolution's weight, and its input where channels are not innermost, into layouts of its own. The
     weight's gradient is computed in such a layout, in which the channels of every group are filled up to 16 on both
     sides (256 times the gradient of a depthwise convolution), and copied. The gradient of batch norm copies its input.
+    One small example goes to torch's own convolution instead, which takes what `_column_bytes` says.
     """
     if func is _CONVOLUTION:
         x, weight = args[:2]
+        if _is_small(x, weight, args[8]):
+            return _column_bytes(x, weight, args[3], args[4], args[5])
         given = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
         return given + weight.nbytes * _filled(weight.shape[0]) // weight.shape[0]
     if func is _CONVOLUTION_BACKWARD and args[-1][1]:
-        weight, groups = args[2], args[-2]
+        x, weight, groups = args[1], args[2], args[-2]
+        if _is_small(x, weight, groups):
+            return _column_bytes(x, weight, args[4], args[5], args[6])
         kernel = weight.shape[2:].numel() * weight.element_size()
         return groups * _filled(weight.shape[0] // groups) * _filled(weight.shape[1]) * kernel + weight.nbytes
     return args[0].nbytes if func is _NORM_BACKWARD else 0
+
+
+def _is_small(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether torch runs a convolution without oneDNN: of one example and one group, with few values (`_SMALL`)."""
+    return len(x) == 1 and groups == 1 and min(weight.shape[2:]) <= 3 and x.numel() <= _SMALL
+
+
+def _column_bytes(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> int:
+    """Every position's window of the input, side by side, as torch's own convolution lays them out, and the weight
+    in that order. A pointwise one's weight is in that order, and with stride 1 its input is laid out so already.
+    """
+    kernel = weight.shape[2:]
+    if kernel.numel() == 1 and all(step == 1 for step in stride):
+        return 0
+    reach = [spread * (side - 1) + 1 for spread, side in zip(dilation, kernel, strict=True)]
+    sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
+    positions = math.prod((size + 2 * zeros - own) // step + 1 for size, own, step, zeros in sizes)
+    ordered = weight.nbytes if kernel.numel() > 1 else 0
+    return positions * math.prod(weight.shape[1:]) * x.element_size() + ordered
 
 
 def _channels_innermost(x: Tensor) -> bool:
@@ -223,16 +250,23 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._fused_sgd_.default and args[0][0].is_meta:
             return None  # changes parameters in place; it has no meta kernel
+        if func is torch.ops.aten.batch_norm_update_stats.default and args[0].is_meta:
+            return self._followed([args[0].new_empty(args[0].shape[1]) for _ in range(2)])  # it has none either
         if func in _CONVOLUTIONS:
             shapes = (tuple(item.shape) if isinstance(item, Tensor) else str(item) for item in args)
             self.kernels.add((func, *shapes))
         result = func(*args, **(kwargs or {}))
         if func is _CONVOLUTION and result.is_meta and any(map(_channels_innermost, args[:2])):
             result = result.contiguous(memory_format=torch.channels_last)  # as on a CPU; meta convolutions forget it
+        self._followed(result)
+        self.peak = max(self.peak, self.live + scratch_bytes(func, args))
+        return result
+
+    def _followed(self, result: Any) -> Any:
+        """The result of an operation, whose tensors count from now on."""
         for item in tree_iter(result):
             if isinstance(item, Tensor):
                 self._follow(item.untyped_storage())
-        self.peak = max(self.peak, self.live + scratch_bytes(func, args))
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:

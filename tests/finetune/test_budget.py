@@ -13,9 +13,10 @@ import torch
 from cohorts import build_supernet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
-from fedofa.finetune.memory import LiveBytes, resident_bytes
+from fedofa.finetune.memory import LiveBytes, resident_bytes, scratch_bytes
 from fedofa.finetune.plans import build_plan, choose_segments
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.trainer import label_objective, run_steps
@@ -53,6 +54,34 @@ def test_live_bytes_follow_every_tensor_once_from_first_to_last():
 def test_large_allocations_take_whole_pages_and_a_header():
     assert resident_bytes(1000) == 1000 + 96
     assert resident_bytes(10 * 4096 * 16) == (10 * 16 + 1) * 4096
+
+
+def _measured_scratch(func, args):
+    """What torch's profiler sees an operation take beside its results."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        results = func(*args)
+    live = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        live += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, live)
+    results = results if isinstance(results, tuple) else (results,)
+    return peak - sum(item.nbytes for item in results if item is not None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"),
+    [((960, 1, 1), 1, 1), ((80, 16, 16), 1, 1), ((64, 16, 16), 1, 2), ((64, 16, 16), 3, 1), ((64, 16, 16), 3, 2)],
+)
+def test_convolutions_of_one_small_example_take_columns_and_no_layouts_of_onednn(shape, kernel, stride):
+    x = torch.randn(1, *shape).contiguous(memory_format=torch.channels_last)
+    weight, aten = torch.randn(32, shape[0], kernel, kernel), torch.ops.aten
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
+    forward = (x, weight, None, *geometry)
+    assert scratch_bytes(aten.convolution.default, forward) == _measured_scratch(aten.convolution.default, forward)
+    grad = aten.convolution.default(*forward).contiguous(memory_format=torch.channels_last)
+    backward = (grad, x, weight, [32], *geometry, [False, True, False])
+    found = scratch_bytes(aten.convolution_backward.default, backward)
+    assert found == _measured_scratch(aten.convolution_backward.default, backward)
 
 
 def test_a_large_budget_trains_whole_batches_and_a_smaller_one_halves_them():
@@ -127,14 +156,28 @@ def test_shapes_alone_tell_what_a_real_step_takes(levers):
     """The same steps on the meta device and on the CPU, whose convolutions may lay their results out otherwise."""
     plan = build_plan("full", BLOCKS, lean=True)
     levers = {**levers, "recompute": choose_segments(BLOCKS, plan.trainable)} if "recompute" in levers else levers
-    plan, recipe = replace(plan, **levers), LocalTraining(batch_size=4, momentum=0.0, max_steps=1)
+    meta, real = _peaks(SUPERNET, replace(plan, **levers))
+    assert meta == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+def test_shapes_alone_tell_what_batch_norm_takes(statistics):
+    blocks = BATCH_NORM.block_costs(BATCH_NORM.space.largest())
+    meta, real = _peaks(BATCH_NORM, build_plan("full", blocks, statistics=statistics, lean=True))
+    assert meta == pytest.approx(real, rel=0.05)
+
+
+def _peaks(supernet, plan):
+    """Of a step of the largest subnet, on the meta device and on the CPU."""
+    subnet = supernet.space.largest()
+    recipe = LocalTraining(batch_size=4, momentum=0.0, max_steps=1)
     peaks = []
-    for device, model in (("meta", SUPERNET.structure(SUBNET)), ("cpu", SUPERNET.build(SUBNET))):
+    for device, model in (("meta", supernet.structure(subnet)), ("cpu", supernet.build(subnet))):
         inputs, labels = torch.zeros(4, *SHAPE, device=device), torch.zeros(4, dtype=torch.int64, device=device)
         with LiveBytes((inputs, *model.parameters(), *model.buffers())) as live:
             run_steps(model, plan, inputs, recipe, torch.Generator(), label_objective(labels, 0.0))
         peaks.append(live.peak)
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.05)
+    return peaks
 
 
 def test_segments_cover_the_chain_in_order_and_keep_less_than_one_or_all():
