@@ -70,7 +70,7 @@ def draw_spec(rng: np.random.Generator) -> ElasticSpec:
 def draw_pair(number: int) -> dict[str, Any]:
     """The pair of that number: what a client is sent to train, and what the planner says that it takes."""
     rng = np.random.default_rng([8, number])
-    spec = draw_spec(rng)
+    spec: Any = draw_spec(rng)
     sets = [kind for kind in _SETS if kind != "lite_residual" or hasattr(spec, kind)] if number % 2 else []
     chosen = sets[number // 2 % len(sets)] if sets else ""
     spec = replace(spec, lite_residual=True) if chosen == "lite_residual" else spec
