@@ -91,11 +91,16 @@ def warm_up() -> None:
 
     The first step of a process loads the kernels of torch and of the libraries below it and sets up their buffers,
     whatever the network is. Between the two there is every kind of layer: depthwise and dense convolutions, both norms,
-    squeeze-excite, both poolings.
+    squeeze-excite, both poolings, lite residual branches.
     """
     stages = (StageSpec(8, 2, "h_swish", True), StageSpec(8, 1, "relu6", False))
     inverted = MobileNetV3Spec(
-        *(3, 2, 8, 2, 8, 1, stages, 16, 16), kernels=(3, 5), depths=(1,), resolutions=(16,), norm="group"
+        *(3, 2, 8, 2, 8, 1, stages, 16, 16),
+        kernels=(3, 5),
+        depths=(1,),
+        resolutions=(16,),
+        norm="group",
+        lite_residual=True,
     )
     residual = ResNetSpec(
         *(3, 2, 16, 2, (ResidualStageSpec(32, 1, 1), ResidualStageSpec(32, 1, 2))),
