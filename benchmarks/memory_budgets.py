@@ -34,6 +34,7 @@ from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.supernet.base import Supernet, fill_skeleton
+from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.elastic import ElasticSpec
 from fedofa.supernet.families import build_elastic, build_supernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
@@ -70,10 +71,12 @@ def draw_spec(rng: np.random.Generator) -> ElasticSpec:
 def draw_pair(number: int) -> dict[str, Any]:
     """The pair of that number: what a client is sent to train, and what the planner says that it takes."""
     rng = np.random.default_rng([8, number])
-    spec: Any = draw_spec(rng)
-    sets = [kind for kind in _SETS if kind != "lite_residual" or hasattr(spec, kind)] if number % 2 else []
-    chosen = sets[number // 2 % len(sets)] if sets else ""
-    spec = replace(spec, lite_residual=True) if chosen == "lite_residual" else spec
+    spec = draw_spec(rng)
+    has_lite = isinstance(spec, MobileNetV3Spec | ProxylessSpec | ChainSpec)
+    sets = _SETS if has_lite else _SETS[:2]
+    chosen = sets[number // 2 % len(sets)] if number % 2 else ""
+    if has_lite and chosen == "lite_residual":
+        spec = replace(spec, lite_residual=True)
     supernet = build_elastic(spec, torch.Generator().manual_seed(0))
     subnet = supernet.space.sample(rng)
     side = supernet.resolution(subnet) or 0

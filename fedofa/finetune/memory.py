@@ -61,17 +61,19 @@ class TrainingMemory:
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
             or that the delta takes beside gradients and state, after the last step.
         num_kernels: distinct convolutions that a process runs, of every size of batch.
+        resizes: whether maps are resized, as in lite residual branches.
     """
 
     weight_bytes: int
     input_bytes: int
     step_bytes: int
     num_kernels: int
+    resizes: bool
 
     @property
     def engine_bytes(self) -> int:
         """What no tensor shows: kernels, and the rest of the process."""
-        return _PROCESS_BYTES + self.num_kernels * _KERNEL_BYTES
+        return _PROCESS_BYTES + self.num_kernels * _KERNEL_BYTES + self.resizes * _RESIZING_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -84,6 +86,8 @@ _KERNEL_BYTES = 1 << 16
 allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
 _PROCESS_BYTES = 9 << 19
 """The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
+_RESIZING_BYTES = 3 << 20
+"""What a process's first lite residual branch brings into memory, of which `warm_up` has none."""
 
 
 def warm_up() -> None:
@@ -150,6 +154,7 @@ def training_memory(
         input_bytes=resident_bytes(example * num_examples) + unseen,
         step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
         num_kernels=len(live.kernels) * len(set(_part_sizes(plan, training, num_examples))),
+        resizes=live.resizes,
     )
 
 
@@ -172,6 +177,7 @@ _CONVOLUTION = torch.ops.aten.convolution.default
 _CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward.default
 _CONVOLUTIONS = (_CONVOLUTION, _CONVOLUTION_BACKWARD)
 _NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward.default
+_RESIZES = (torch.ops.aten.upsample_bilinear2d.default, torch.ops.aten.upsample_bilinear2d.vec)
 _LANES = 16
 """Channels that oneDNN puts side by side in its own layouts, for registers of 512 bits."""
 _SMALL = 20480
@@ -231,7 +237,8 @@ def _filled(channels: int) -> int:
 class LiveBytes(TorchDispatchMode):
     """Within the context, follows how many bytes the tensors hold that operations make; `peak` is the most at a time.
 
-    A tensor counts with what glibc takes for it (`resident_bytes`). `kernels` are the distinct convolutions that ran.
+    A tensor counts with what glibc takes for it (`resident_bytes`). `kernels` are the distinct convolutions that ran;
+    `resizes` says whether a map was resized.
 
     Args:
         known: tensors that exist already and do not count.
@@ -242,6 +249,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = 0
         self.peak = 0
         self.kernels: set[tuple[Any, ...]] = set()
+        self.resizes = False
         self._known = {tensor.untyped_storage()._cdata: tensor for tensor in known}
         self._finalizers: dict[int, weakref.finalize] = {}
 
@@ -255,6 +263,7 @@ class LiveBytes(TorchDispatchMode):
         if func in _CONVOLUTIONS:
             shapes = (tuple(item.shape) if isinstance(item, Tensor) else str(item) for item in args)
             self.kernels.add((func, *shapes))
+        self.resizes = self.resizes or func in _RESIZES
         result = func(*args, **(kwargs or {}))
         if func is _CONVOLUTION and result.is_meta and any(map(_channels_innermost, args[:2])):
             result = result.contiguous(memory_format=torch.channels_last)  # as on a CPU; meta convolutions forget it

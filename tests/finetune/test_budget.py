@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
-from fedofa.finetune.memory import LiveBytes, resident_bytes, scratch_bytes
+from fedofa.finetune.memory import LiveBytes, TrainingMemory, resident_bytes, scratch_bytes
 from fedofa.finetune.plans import build_plan, choose_segments
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.trainer import label_objective, run_steps
@@ -49,6 +49,17 @@ def test_live_bytes_follow_every_tensor_once_from_first_to_last():
         assert live.live == 0
         known.add_(1)
     assert live.peak == one + two
+
+
+def test_what_lite_residual_branches_bring_into_memory_counts_where_they_run():
+    x = torch.zeros(1, 4, 8, 8, device="meta")
+    with LiveBytes([x]) as plain:
+        torch.nn.functional.avg_pool2d(x, 2)
+    with LiveBytes([x]) as resizing:
+        torch.nn.functional.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
+    assert (plain.resizes, resizing.resizes) == (False, True)
+    without, beside = (TrainingMemory(1, 2, 3, 4, resizes) for resizes in (False, True))
+    assert beside.total_bytes - without.total_bytes == 3 << 20
 
 
 def test_large_allocations_take_whole_pages_and_a_header():
