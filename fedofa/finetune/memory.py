@@ -6,6 +6,7 @@ kernels loaded), with `tune_allocator`: large tensors then go back to the operat
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import sys
@@ -127,7 +128,9 @@ def training_memory(
     num_examples: int,
     input_shape: tuple[int, int, int],
 ) -> TrainingMemory:
-    """What training a model under the plan takes. Nothing is computed: one step runs on shapes alone.
+    """What training a model under the plan takes. Nothing is computed: one step runs on shapes alone, of a copy.
+
+    Structures share their parameters on the meta device, which a plan would freeze and lay out for all of them.
 
     Args:
         structure: the model on the meta device, as `Supernet.structure` gives it.
@@ -135,6 +138,7 @@ def training_memory(
         num_examples: of the client.
         input_shape: `(channels, height, width)` of one example.
     """
+    structure = copy.deepcopy(structure)
     batch = largest_batch(num_examples, training.batch_size)
     seen = min(batch, 2 * plan.micro_batch or batch)
     recipe = replace(training, optimiser="sgd", learning_rate=0.0, momentum=0.0, max_steps=1, batch_size=seen)

@@ -1,5 +1,6 @@
 """Plans that fit a budget, and the memory model behind them, against processes that are measured (law 8)."""
 
+import copy
 import os
 import re
 import subprocess
@@ -60,6 +61,12 @@ def test_what_lite_residual_branches_bring_into_memory_counts_where_they_run():
     assert (plain.resizes, resizing.resizes) == (False, True)
     without, beside = (TrainingMemory(1, 2, 3, 4, resizes) for resizes in (False, True))
     assert beside.total_bytes - without.total_bytes == 3 << 20
+
+
+def test_planning_leaves_the_structures_that_share_parameters_as_they_were():
+    plan_in(10**9, kinds=("head",))
+    parameters = list(SUPERNET.structure(SUBNET).parameters())
+    assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in parameters)
 
 
 def test_large_allocations_take_whole_pages_and_a_header():
@@ -183,7 +190,7 @@ def _peaks(supernet, plan):
     subnet = supernet.space.largest()
     recipe = LocalTraining(batch_size=4, momentum=0.0, max_steps=1)
     peaks = []
-    for device, model in (("meta", supernet.structure(subnet)), ("cpu", supernet.build(subnet))):
+    for device, model in (("meta", copy.deepcopy(supernet.structure(subnet))), ("cpu", supernet.build(subnet))):
         inputs, labels = torch.zeros(4, *SHAPE, device=device), torch.zeros(4, dtype=torch.int64, device=device)
         with LiveBytes((inputs, *model.parameters(), *model.buffers())) as live:
             run_steps(model, plan, inputs, recipe, torch.Generator(), label_objective(labels, 0.0))
