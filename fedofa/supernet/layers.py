@@ -262,15 +262,15 @@ class Blueprint:
     Each module made has dictionaries of its own; their values are shared. The first one is to be left as it is.
     """
 
-    __slots__ = ("_attributes", "_buffers", "_children", "_containers", "_empty", "_kind", "_parameters")
+    __slots__ = ("_attributes", "_buffers", "_children", "_containers", "_hooks", "_kind", "_parameters")
 
     def __init__(self, module: nn.Module) -> None:
         attributes: dict[str, Any] = dict(vars(module))
         own = {key: value for key, value in attributes.items() if type(value) in _CONTAINERS and key not in _FILLED}
         self._kind = type(module)
         self._attributes = attributes
-        self._empty = [(key, type(value)) for key, value in own.items() if not value]
-        self._containers = [(key, value) for key, value in own.items() if value]
+        self._hooks = [key for key, value in own.items() if type(value) is OrderedDict and not value]
+        self._containers = [(key, value) for key, value in own.items() if key not in self._hooks]
         self._parameters = [name for name, value in module._parameters.items() if value is not None]
         self._buffers = [name for name, value in module._buffers.items() if value is not None]
         self._children = [
@@ -280,26 +280,31 @@ class Blueprint:
     def make(self, filling: Filling | None = None, prefix: str = "") -> nn.Module:
         """A module like the first one: with its tensors, or with those of the filling whose names have the prefix."""
         attributes = self._attributes.copy()
-        for key, kind in self._empty:
-            attributes[key] = kind()
+        for key in self._hooks:
+            attributes[key] = OrderedDict()
         for key, container in self._containers:
             attributes[key] = container.copy()
         parameters = attributes["_parameters"] = attributes["_parameters"].copy()
         buffers = attributes["_buffers"] = attributes["_buffers"].copy()
         if filling is not None:
-            tensors = filling.tensors
-            for name in self._parameters:
-                parameters[name] = nn.Parameter(tensors[prefix + name], not filling.frozen)
-            for name in self._buffers:
-                buffers[name] = tensors[prefix + name]
-            filling.num_taken += len(self._parameters) + len(self._buffers)
             attributes["training"] = not filling.frozen
-        attributes["_modules"] = {
-            name: None if child is None else child.make(filling, f"{prefix}{name}.") for name, child in self._children
-        }
+            if self._parameters or self._buffers:
+                self._fill(parameters, buffers, filling, prefix)
+        children = attributes["_modules"] = {}
+        for name, child in self._children:
+            children[name] = None if child is None else child.make(filling, f"{prefix}{name}.")
         module = object.__new__(self._kind)
         object.__setattr__(module, "__dict__", attributes)  # past nn.Module's own, which sorts what it is given
         return module
+
+    def _fill(self, parameters: dict[str, Any], buffers: dict[str, Any], filling: Filling, prefix: str) -> None:
+        """Give a module its tensors."""
+        tensors, trains = filling.tensors, not filling.frozen
+        for name in self._parameters:
+            parameters[name] = nn.Parameter(tensors[prefix + name], trains)
+        for name in self._buffers:
+            buffers[name] = tensors[prefix + name]
+        filling.num_taken += len(self._parameters) + len(self._buffers)
 
 
 _CHAIN = Blueprint(nn.Sequential())

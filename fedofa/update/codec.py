@@ -56,11 +56,13 @@ _MAX_DIMENSIONS = 64
 _WIDEST_ITEM_BYTES = 8
 
 _DTYPE_NAMES = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float32", "float64")
+_PLAIN = np.dtype("<f4")
 _DTYPES = {name: np.dtype(name).newbyteorder("<") for name in _DTYPE_NAMES}
 _NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in _DTYPES.items()} | {("f", 2): "float32"}
 _FLOAT_WIRES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 _WIRES = _DTYPES | _FLOAT_WIRES
 _WIRES_OF = {name: (name,) for name in _DTYPES} | {"float32": tuple(_FLOAT_WIRES)}
+_READ_OVER = frozenset({"bool", "float16", "bfloat16"})
 _INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
 _DAMAGED = "it was damaged on its way; ask the sender for it again"
@@ -195,7 +197,7 @@ def _lay_out(streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str) 
         _check_name(stream, "a stream's name")
         entries = layout[stream] = []
         for name, array in arrays.items():
-            if not isinstance(name, str):
+            if type(name) is not str:
                 _check_name(name, f"the name of an array in stream {stream!r}")
             dtype, wire, data = _to_wire(array, float_dtype, stream, name)
             gap = -end % _ALIGNMENT_BYTES
@@ -210,6 +212,8 @@ def _lay_out(streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str) 
 
 def _to_wire(array: np.ndarray, float_dtype: str, stream: str, name: str) -> tuple[str, str, np.ndarray]:
     """Gives dtype, wire and the elements, contiguous and little-endian: `array` itself where it is so already."""
+    if type(array) is np.ndarray and array.dtype is _PLAIN and float_dtype == "float32":  # nearly all
+        return "float32", "float32", array if array.flags.c_contiguous else array.copy()
     dtype = _NAMES.get((array.dtype.kind, array.dtype.itemsize)) if isinstance(array, np.ndarray) else None
     if dtype is None:
         _refuse_array(array, f"stream {stream!r}, array {name!r}")
@@ -258,6 +262,16 @@ def _bfloat16_bits(values: np.ndarray) -> np.ndarray:
 def _from_wire(entry: _Entry, body: memoryview, where: str) -> np.ndarray:
     """Views the array's elements in the body; only a 16-bit float is copied, into float32."""
     array = np.ndarray(entry.shape, _WIRES[entry.wire], body, entry.offset)
+    if entry.wire in _READ_OVER:
+        array = _read_over(array, entry, where)
+    elif body.readonly:  # and so is the array
+        return array
+    array.flags.writeable = False
+    return array
+
+
+def _read_over(array: np.ndarray, entry: _Entry, where: str) -> np.ndarray:
+    """A bool array that is checked, or the float32 values of a 16-bit float."""
     if entry.wire == "bool" and array.view(np.uint8).max(initial=0) > 1:
         _refuse(f"{where}, array {_shown(entry.name)}", "bool bytes of 0 or 1", "others", _FOREIGN)
     if entry.wire == "float16":
@@ -266,7 +280,6 @@ def _from_wire(entry: _Entry, body: memoryview, where: str) -> np.ndarray:
         bits = array.astype("<u4")
         bits <<= 16
         array = bits.view("<f4")
-    array.flags.writeable = False
     return array
 
 
@@ -281,7 +294,9 @@ def _encode_manifest(kind: str, header: Mapping[str, Any], entries: Mapping[str,
     if not unchanged:
         found = "values that JSON changes, such as tuples or keys that are not strings"
         _refuse("header", "JSON values", found, "make them lists and strings")
-    members = (f"{_compact(stream)}:[{','.join(map(_described, items))}]" for stream, items in entries.items())
+    members = (
+        f"{_compact(stream)}:[{','.join([_described(item) for item in items])}]" for stream, items in entries.items()
+    )
     manifest = f'{{"kind":{_compact(kind)},"header":{text},"streams":{{{",".join(members)}}}}}'.encode("ascii")
     manifest += b" " * (_aligned(_PREFIX.size + len(manifest)) - _PREFIX.size - len(manifest))
     if len(manifest) > _MAX_MANIFEST_BYTES:
@@ -291,7 +306,7 @@ def _encode_manifest(kind: str, header: Mapping[str, Any], entries: Mapping[str,
 
 def _described(entry: _Entry) -> str:
     """One array of the manifest as JSON."""
-    return f"{_head(entry.name, entry.dtype, entry.wire, entry.shape)}{entry.offset}}}"
+    return f"{_head(*entry[:4])}{entry.offset}}}"
 
 
 @lru_cache(maxsize=8192)
