@@ -15,6 +15,7 @@ from conf.compose import encode_conf
 from conf.schema import ShrinkConf
 from fedofa.data.federation import Examples, FederatedData, load_federation
 from fedofa.data.partition import PartitionSpec
+from fedofa.device.allocator import keep_freed_memory
 from fedofa.evaluation.metrics import Score
 from fedofa.report.shrinking import plot_shrinking
 from fedofa.shrinking.central import CentralShrinking, CentralTraining, ShrinkStep
@@ -75,6 +76,7 @@ def run_shrinking(conf: ShrinkConf) -> None:
     Raises:
         FedofaError: saying in one line what is wrong; bad settings and missing data show before anything is written.
     """
+    keep_freed_memory()
     torch.set_num_threads(conf.num_threads)
     output_dir = Path(conf.output_dir).resolve()
     run = build_run(conf, output_dir)

@@ -65,6 +65,7 @@ _WIRES_OF = {name: (name,) for name in _DTYPES} | {"float32": tuple(_FLOAT_WIRES
 _READ_OVER = frozenset({"bool", "float16", "bfloat16"})
 _INFINITY_BITS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _DAMAGED = "it was damaged on its way; ask the sender for it again"
 _FOREIGN = "encode_packed did not write it; do not trust the sender"
 
@@ -288,7 +289,7 @@ def _encode_manifest(kind: str, header: Mapping[str, Any], entries: Mapping[str,
     plain = dict(header)
     try:
         text = _compact(plain)
-        unchanged = _parse_json(text) == plain
+        unchanged = json.loads(text) == plain
     except (TypeError, ValueError, RecursionError) as error:
         _refuse("header", "JSON values", str(error), "convert it first")
     if not unchanged:
@@ -317,7 +318,7 @@ def _head(name: str, dtype: str, wire: str, shape: tuple[int, ...]) -> str:
 
 
 def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def _check_prefix(view: memoryview) -> int:
