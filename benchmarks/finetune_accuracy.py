@@ -19,16 +19,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from finetune_memory import measure_training
+from finetune_memory import measure_training, save_largest
 
 from fedofa.finetune.memory import tune_allocator
 from fedofa.finetune.plans import build_plan, needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.report import style
-from fedofa.supernet.chain import ChainSupernet
+from fedofa.supernet.chain import ChainSpec, ChainSupernet
 from fedofa.supernet.pretrained import READY_MADE
 from fedofa.types.plan import FineTunePlan
 from server.checkpoint import replace_file
@@ -114,8 +115,12 @@ class Study:
 
     def memory(self, row: Row) -> dict[str, float]:
         """Peak memory and time of the row's training, in a process of its own."""
-        command = [sys.executable, __file__, "--measure", row.name, "--plan", json.dumps(make_plan(row).to_json())]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        with TemporaryDirectory() as folder:
+            weights = Path(folder, "largest.safetensors")
+            save_largest(build_supernet(row), weights)
+            given = ["--plan", json.dumps(make_plan(row).to_json()), "--weights", str(weights)]
+            command = [sys.executable, __file__, "--measure", row.name, *given]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -123,10 +128,15 @@ def _largest(summary: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(row for row in summary["subnets"] if row["name"] == "largest")
 
 
+def spec_of(row: Row) -> ChainSpec:
+    """The row's network."""
+    more = {"num_classes": 10, "resolutions": (_RESOLUTION,), "lite_residual": row.kind == "lite_residual"}
+    return replace(READY_MADE["efficientnet_lite0"], **more)
+
+
 def build_supernet(row: Row) -> ChainSupernet:
     """The network with random weights, which take what trained ones do."""
-    more = {"num_classes": 10, "resolutions": (_RESOLUTION,), "lite_residual": row.kind == "lite_residual"}
-    return ChainSupernet(replace(READY_MADE["efficientnet_lite0"], **more), torch.Generator().manual_seed(0))
+    return ChainSupernet(spec_of(row), torch.Generator().manual_seed(0))
 
 
 def make_plan(row: Row) -> FineTunePlan:
@@ -142,13 +152,12 @@ def make_plan(row: Row) -> FineTunePlan:
     return build_plan(row.kind, blocks, contributions=contributions, **levers)
 
 
-def measure(row: Row, plan: FineTunePlan) -> dict[str, float]:
+def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:
     """What two steps take in this process."""
     torch.set_num_threads(1)
     if not row.name.startswith(_STOCK):
         tune_allocator()
-    supernet = build_supernet(row)
-    return measure_training(supernet.build(supernet.space.largest()), plan, _RESOLUTION)
+    return measure_training(ChainSupernet(spec_of(row)), plan, _RESOLUTION, weights)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -199,10 +208,11 @@ def main() -> None:
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     parser.add_argument("--measure", choices=[row.name for row in ROWS], help="measure one row in this process")
     parser.add_argument("--plan", help="of that row, as JSON")
+    parser.add_argument("--weights", type=Path, help="of the largest subnet, as safetensors")
     given = parser.parse_args()
     named = {row.name: row for row in ROWS}
     if given.measure:
-        print(json.dumps(measure(named[given.measure], FineTunePlan.from_json(json.loads(given.plan)))))
+        print(json.dumps(measure(named[given.measure], FineTunePlan.from_json(json.loads(given.plan)), given.weights)))
         return
     paths = {"folder": given.folder.resolve(), "data_path": given.data_path.resolve()}
     settings = {name: getattr(given, name) for name in ("rounds", "cohort", "steps", "test_examples", "rates", "seed")}
