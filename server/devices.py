@@ -2,8 +2,8 @@
 
 A client that has a file of `fedofa profile` (or a latency table) states its checksum when it introduces itself; the
 server asks for the file once, and keeps its table under the client's id. Where it is asked to, the server also measures
-the client's link, by two messages of a known size. A run that goes on finds what was kept: rates and tables, and so the
-assignments, stay as they were.
+the client's link, by two messages of a known size among empty ones. A run that goes on finds what was kept: rates and
+tables, and so the assignments, stay as they were.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ DEVICE, LINK = "query.device", "query.link"
 FORMAT = "fedofa kept device 1"
 _REMEDY = "delete it, and the client is asked again"
 
+_POLLING_SECONDS = 3.0
+"""How often a SuperNode of Flower 1.41 looks for messages: times that differ by no more are the same."""
+
 Exchange = Callable[[Iterable[Message]], Iterator[Message]]
 
 
@@ -45,7 +48,8 @@ class KeptDevice:
         client_id: whose device it is.
         checksum: of the file that the client sent; "" where it has none.
         table: of the file; None where it has none.
-        uplink_bytes_per_second, downlink_bytes_per_second: measured; None where they were not, or cannot be told.
+        uplink_bytes_per_second, downlink_bytes_per_second: measured, or the least that they must be where that is more
+            than stated; None where they were not measured, or nothing more can be told.
     """
 
     client_id: str
@@ -201,14 +205,19 @@ class DeviceFolder:
     # -- links -------------------------------------------------------------------------------------------------------
 
     def _with_link(self, client: ClientInfo, device: KeptDevice, exchange: Exchange) -> KeptDevice:
-        """A device with the rates of its link, where they can be told from the time that an empty message takes."""
+        """A device with the rates of its link, as far as they can be told from the time that an empty message takes.
+
+        The first message's time does not count: it brings a node that looks for messages every few seconds into step.
+        """
         size = self.link_probe_bytes
-        probes = (encode_probe(b"", 0), 0), (encode_probe(noise(size), 0), 0), (encode_probe(b"", size), size)
-        empty, down, up = (_seconds(client, *probe, exchange) for probe in probes)
+        empty = encode_probe(b"", 0), 0
+        probes = (empty, empty, (encode_probe(noise(size), 0), 0), (encode_probe(b"", size), size), empty)
+        _, before, down, up, after = (_seconds(client, *probe, exchange) for probe in probes)
+        stated = client.profile
         return replace(
             device,
-            uplink_bytes_per_second=_rate(size, up, empty),
-            downlink_bytes_per_second=_rate(size, down, empty),
+            uplink_bytes_per_second=_rate(size, up, (before, after), stated.uplink_bytes_per_second),
+            downlink_bytes_per_second=_rate(size, down, (before, after), stated.downlink_bytes_per_second),
         )
 
 
@@ -224,11 +233,20 @@ def _seconds(client: ClientInfo, probe: bytes, wanted: int, exchange: Exchange) 
         return None
 
 
-def _rate(size: int, seconds: float | None, empty: float | None) -> float | None:
-    """Bytes a second; None where so many bytes take no longer than none."""
-    if seconds is None or empty is None or seconds <= empty:
+def _rate(size: int, seconds: float | None, empty: Sequence[float | None], stated: float) -> float | None:
+    """Bytes a second; None where there is nothing better than the stated rate.
+
+    Where a message takes so much longer than empty ones that polling and their own spread do not explain it, the rate
+    is measured. Otherwise the link is at least as fast as the whole message was, polling included.
+    """
+    known = [item for item in (seconds, *empty) if item is not None]
+    if seconds is None or len(known) <= len(empty):
         return None
-    return size / (seconds - empty)
+    least, most = min(known[1:]), max(known[1:])
+    if seconds - most > max(_POLLING_SECONDS, most - least):
+        return size / (seconds - least)
+    at_least = size / seconds
+    return at_least if at_least > stated else None
 
 
 def table_of(content: Any, where: str) -> LatencyTable:

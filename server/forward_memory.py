@@ -1,7 +1,9 @@
 """What a forward pass takes in memory, measured in a process of its own (this module, JSON in, a number out).
 
-The figure is the growth of the process's resident memory, at its peak, beyond what torch takes that has its kernels
-loaded; the allocator gives freed tensors back at once, so that nothing else is resident.
+The figure is the growth of the process's own (anonymous) memory, at its peak, beyond what torch takes that has run a
+like network; the allocator gives freed tensors back at once, so that nothing else is resident. Pages of the libraries'
+files do not count: they are shared, the system drops them when it likes, and which implementation of a convolution is
+read in depends on the size of the map.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _WARM_SIDE = 32
 
 
 def forward_bytes(supernet: Mapping[str, Any], subnet: SubnetConfig) -> int:
-    """The peak of a forward pass of one image, weights and image included, beyond the engine's floor.
+    """The peak of forward passes of one image, weights and image included, beyond the engine's floor.
 
     Args:
         supernet: its settings, as `build_supernet` takes them.
@@ -55,7 +57,8 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
     """The peak beyond the floor.
 
     A small image goes through the same layers first, so that kernels are loaded. Its network stays: what it would leave
-    in the heap could be used again, and would be missing from the figure.
+    in the heap could be used again, and would be missing from the figure. The peak is the second pass's: the code that
+    oneDNN makes for a shape stays, so that only then all of it is beside the widest layer.
     """
     tune_allocator()
     torch.set_num_threads(1)
@@ -64,22 +67,27 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
         raise ConfigError(f"supernet: expected one of blocks, found {type(described).__name__}")
     spec = described.network_spec(SubnetConfig.from_json(choices))
     del described
-    warm = _forward(spec, _WARM_SIDE)
+    warm = _filled(spec)
+    _forward(warm, spec.in_channels, _WARM_SIDE)
+    floor = _resident("VmRSS") - _resident("RssFile")
+    network = _filled(spec)
+    _forward(network, spec.in_channels, spec.resolution)
     _reset_peak()
-    floor = _resident("VmRSS")
-    _forward(spec, spec.resolution)
-    peak = _resident("VmHWM")
-    del warm
-    return peak - floor
+    _forward(network, spec.in_channels, spec.resolution)
+    return _resident("VmHWM") - _resident("RssFile") - floor
 
 
-def _forward(spec: NetworkSpec, side: int) -> nn.Module:
+def _filled(spec: NetworkSpec) -> nn.Module:
+    network = Network(spec).to_empty(device="cpu").eval()
     with torch.inference_mode():
-        network = Network(spec).to_empty(device="cpu").eval()
         for tensor in (*network.parameters(), *network.buffers()):
             tensor.fill_(0.01)
-        network(torch.rand(1, spec.in_channels, side, side))
     return network
+
+
+def _forward(network: nn.Module, channels: int, side: int) -> None:
+    with torch.inference_mode():
+        network(torch.rand(1, channels, side, side))
 
 
 def _reset_peak() -> None:
@@ -87,7 +95,7 @@ def _reset_peak() -> None:
 
 
 def _resident(name: str) -> int:
-    """Bytes of a line of the process's status: "VmRSS" now, "VmHWM" at the peak."""
+    """Bytes of a line of the process's status: "VmRSS" now, "RssFile" files' pages of it, "VmHWM" at the peak."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 

@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from flwr.app import Message
 
 from clients.records import message_facts
-from fedofa.types.device import DeviceProfile
+from fedofa.types.device import NAME, DeviceProfile
 from fedofa.types.errors import ConfigError, DeltaError, WireError
 from server.fleet import ClientInfo, distinct_clients
 
 MAX_EXAMPLES = 10**7
 """Examples that a client may state; those for training are its weight in the fold."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,63}")
 _CHECKSUM = re.compile(r"([0-9a-f]{32})?")
 _RESERVED = ("largest", "smallest", "uniform")
 """Names of watched subnets, which no device class may take."""
@@ -51,7 +50,7 @@ def client_info(answer: Message) -> ClientInfo:
     except (WireError, ConfigError, KeyError, TypeError) as error:
         raise DeltaError(f"its introduction is not understood: {error}") from error
     for name in (client_id, profile.device_class):
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
+        if not isinstance(name, str) or not NAME.fullmatch(name) or name in _RESERVED:
             raise DeltaError(f"{name!r:.80} is not a name for a client or a device class")
     for size, least in zip(sizes, (1, 0), strict=True):
         if not isinstance(size, int) or isinstance(size, bool) or not least <= size <= MAX_EXAMPLES:

@@ -22,7 +22,7 @@ from fedofa.device.rates import memory_bytes_per_second, training_macs_per_secon
 from fedofa.device.tables import LatencyTable
 from fedofa.device.timing import Measured, Readings, Timing, measure, refuse_unsteady, without_drift
 from fedofa.supernet.families import build_supernet
-from fedofa.types.device import DeviceProfile
+from fedofa.types.device import NAME, DeviceProfile, class_name
 from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
 from server.forward_memory import forward_bytes
@@ -34,6 +34,8 @@ _ACCEPTED_MAPE = 0.05
 """A table that is further off on whole subnets is corrected."""
 _MEMORY_SUBNETS = 3
 """Random subnets, beside the smallest and the largest, whose forward pass is measured in a process of its own."""
+_MEMORY_MOST = 1.1
+"""Predicted over measured memory is meant to be at least 1, and at most this."""
 _CALIBRATION, _VALIDATION = 21, 22
 """Tell the random numbers of the subnets that correct the table from those that it is held against."""
 
@@ -107,7 +109,7 @@ def run_profile(conf: ProfileConf) -> MeasuredDevice:
     table, fit = _measure_table(run)
     smallest = run.index.network(run.index.encoding.space.smallest())
     profile = DeviceProfile(
-        device_class=conf.device_class or str(describe_machine()["processor"]),
+        device_class=conf.device_class or class_name(str(describe_machine()["processor"])),
         memory_bytes=conf.memory_bytes if conf.memory_bytes is not None else free_memory_bytes(),
         macs_per_second=training_macs_per_second(smallest, conf.threads, conf.clock),
         uplink_bytes_per_second=conf.uplink_bytes_per_second,
@@ -148,6 +150,8 @@ def _check(conf: ProfileConf) -> None:
     for name, minimum in least.items():
         if getattr(conf, name) < minimum:
             raise ConfigError(f"{name}: expected at least {minimum}, found {getattr(conf, name)!r}")
+    if conf.device_class and not NAME.fullmatch(conf.device_class):
+        raise ConfigError(f"device_class: expected a name like {NAME.pattern}, found {conf.device_class!r}")
     if conf.clock == "cpu" and conf.threads != 1:
         raise ConfigError(f"clock=cpu: processor time is the latency of one thread only, found threads={conf.threads}")
 
@@ -315,7 +319,9 @@ def summary_lines(device: MeasuredDevice) -> Iterator[str]:
         )
     if device.fit is not None and "memory_subnets" in device.fit:
         fit = device.fit
+        least, greatest = fit["memory_least_ratio"], fit["memory_greatest_ratio"]
         yield (
             f"memory of a forward pass of {fit['memory_subnets']:.0f} subnets, each in a process of its own: predicted "
-            f"{fit['memory_least_ratio']:.3f} to {fit['memory_greatest_ratio']:.3f} of the measured"
+            f"{least:.3f} to {greatest:.3f} of the measured: the bound, 1.00 to {_MEMORY_MOST:.2f}, "
+            f"{'holds' if least >= 1 and greatest <= _MEMORY_MOST else 'DOES NOT HOLD'}"
         )

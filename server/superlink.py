@@ -90,7 +90,7 @@ class LoopbackFederation:
     Nothing is encrypted or authenticated: every socket listens on 127.0.0.1, for processes of this machine alone.
     """
 
-    def __init__(self, node_configs: Sequence[Mapping[str, int]], *, port: int = 0) -> None:
+    def __init__(self, node_configs: Sequence[Mapping[str, int | str]], *, port: int = 0) -> None:
         """Prepare one SuperNode for each node config.
 
         Args:
@@ -142,7 +142,7 @@ class LoopbackFederation:
         self._processes["superlink"] = self._launch("superlink", command)
         self._await_superlink()
         for number, (config, port) in enumerate(zip(self._node_configs, self._node_ports, strict=True)):
-            values = " ".join(f"{key}={value}" for key, value in config.items())
+            values = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
             join = ["--superlink", f"{HOST}:{self.port}", "--node-config", values]
             name = f"supernode {number}"
             command = ["flower-supernode", *serve, str(port), *join]

@@ -8,6 +8,7 @@ from typing import final
 
 import numpy as np
 
+from fedofa.device.allocator import resident_bytes
 from fedofa.device.layers import Layer, layers_of
 from fedofa.device.models import KILOBYTE, MEGABYTE, SubnetCostModel
 from fedofa.device.operators import Operator, OperatorIndex, SubnetBatch
@@ -17,54 +18,92 @@ from fedofa.supernet.network import (
     BottleneckSpec,
     ConvSpec,
     MBConvSpec,
+    part_parameters,
     same_padding,
 )
 
 _BYTES = 4
 
-_COPIES = 2
-"""Copies of a dense kernel larger than 1 x 1 that torch's convolution makes in layouts of its own."""
-_SLACK_BYTES = 1_700_000
-"""What tensors and scratch do not show: pages that are not full, small blocks that stay."""
+_LANES = 16
+"""Channels that oneDNN puts side by side in its own layouts, for registers of 512 bits."""
+_SMALL = 20480
+"""Values of one example's input up to which torch 2.13 prefers its own convolution, without oneDNN."""
+_KERNEL_BYTES = 96 << 10
+"""Code that oneDNN makes for a shape of convolution, its description, and the rest of their pages. After 400 distinct
+convolutions of two spaces, each alone, anonymous memory had grown by 62 KB for a depthwise one, 68 to 80 KB for a dense
+3 x 3 one, 21 to 50 KB for a pointwise one; in whole networks, where blocks between them stay, by 80 to 120 KB (AMD Zen
+4, torch 2.13)."""
+_LAYER_BYTES = 1 << 14
+"""Python's objects of a convolution, its norm, its activation and what contains them: four modules of 2.6 KB each
+(`tracemalloc`), and torch's descriptions of five tensors."""
+_PROCESS_BYTES = 1 << 19
+"""What the kernel's counters of resident pages, with which a peak is measured, may lag behind on two processors (64
+pages), and as much again for free blocks that the heap may keep (up to 64 KB at its top, the rest between others)."""
 
 
 @final
 class InferenceMemory(SubnetCostModel):
     """Peak of the memory that a process needs for a forward pass in eager torch, batch 1, beyond the engine's floor.
 
-    That is the weights, the image, and what lives inside the widest block: tensors, the copies of its input, result and
-    kernel that a convolution works on, and some slack. It is meant to be at most 10 % or 1.5 MB above what a process of
-    its own takes, and never below it (`server.forward_memory` measures).
+    That is what the allocator takes for weights, the image, and what lives inside the widest block: tensors and the
+    copies of its input, result and kernel that a convolution works on; the code that oneDNN makes for every convolution
+    of another shape; and Python's objects for the layers. It is meant to be at most 10 % above what passes in a process
+    of their own take, and never below it (`server.forward_memory` measures).
     """
 
     setting, unit = "inference_memory_mb", "MB"
 
     @cached_property
-    def _tables(self) -> tuple[np.ndarray, np.ndarray]:
-        weights = self.index.operator_table(lambda cost: cost.num_parameters + cost.num_statistics)
-        return weights, np.array([operator.input_elements for operator in self.index.operators])
+    def _inputs(self) -> np.ndarray:
+        return np.array([operator.input_elements for operator in self.index.operators])
 
     @cached_property
-    def _live(self) -> np.ndarray:
+    def _scratched(self) -> np.ndarray:
         return np.array([max(_live(operator, scratch=True)) for operator in self.index.operators])
 
+    @cached_property
+    def _resident(self) -> np.ndarray:
+        return np.array([_resident_bytes(operator) for operator in self.index.operators])
+
+    @cached_property
+    def _kernels(self) -> np.ndarray:
+        return np.array([_num_kernels(operator) for operator in self.index.operators])
+
     def predict(self, batch: SubnetBatch) -> np.ndarray:
-        return (self._peak_bytes(batch, self._live) + _SLACK_BYTES) / MEGABYTE
+        tensors = batch.total(self._resident) + _BYTES * self._peak(batch, self._scratched)
+        return (tensors + _KERNEL_BYTES * batch.distinct(self._kernels) + _PROCESS_BYTES) / MEGABYTE
 
     def tensor_bytes(self, batch: SubnetBatch) -> np.ndarray:
         """The part of it that tensors hold which torch is seen to make, exactly, `(num_subnets,)`."""
-        return self._peak_bytes(
-            batch, np.array([max(_live(operator, scratch=False)) for operator in self.index.operators])
-        )
+        weights = self.index.operator_table(lambda cost: cost.num_parameters + cost.num_statistics)
+        made = np.array([max(_live(operator, scratch=False)) for operator in self.index.operators])
+        return _BYTES * (batch.total(weights) + self._peak(batch, made))
 
-    def _peak_bytes(self, batch: SubnetBatch, live: np.ndarray) -> np.ndarray:
-        weights, inputs = self._tables
-        given = np.append(inputs, 0)[batch.operators]
+    def _peak(self, batch: SubnetBatch, live: np.ndarray) -> np.ndarray:
+        """Values in the widest block, with what is held around it, `(num_subnets,)`."""
+        given = np.append(self._inputs, 0)[batch.operators]
         inside = np.append(live, 0)[batch.operators]
         for place, held in enumerate(_held_inputs(self.index.places)):
             inside[:, place] += given[:, held].sum(axis=1)
         inside[~batch.present] = 0
-        return _BYTES * (batch.total(weights) + inside.max(axis=1))
+        return inside.max(axis=1)
+
+
+def _resident_bytes(operator: Operator) -> int:
+    """What an operator takes as long as the network is there: its tensors, and Python's objects."""
+    tensors = part_parameters(operator.part, operator.norm)
+    objects = _LAYER_BYTES * sum(1 for _ in layers_of(operator))
+    return objects + sum(resident_bytes(_BYTES * tensor.numel) for tensor in tensors)
+
+
+def _num_kernels(operator: Operator) -> int:
+    """Convolutions that oneDNN makes code for."""
+    return len({layer for layer in layers_of(operator) if not _is_small(layer)})
+
+
+def _is_small(layer: Layer) -> bool:
+    """Whether torch runs a convolution of one example without oneDNN."""
+    return not layer.conv.depthwise and layer.conv.kernel <= 3 and layer.input_elements <= _SMALL
 
 
 def _held_inputs(places: Sequence[str]) -> list[list[int]]:
@@ -124,13 +163,31 @@ def _made(layer: Layer, norm: str, *, scratch: bool) -> int:
     conv, out = layer.conv, layer.output_elements
     statistics = 2 * conv.out_channels // GROUP_NORM_CHANNELS if conv.norm and norm == "group" else 0
     made = 2 * out + statistics if conv.norm or conv.activation else out
-    running = out
-    if conv.pads:
-        running += conv.in_channels * (layer.in_side + sum(same_padding(layer.in_side, conv.kernel, conv.stride))) ** 2
-    if scratch:
-        running += layer.input_elements + out
-        running += _COPIES * layer.weight_elements if conv.kernel > 1 and not conv.depthwise else 0
+    padded = conv.in_channels * (layer.in_side + sum(same_padding(layer.in_side, conv.kernel, conv.stride))) ** 2
+    running = out + (padded if conv.pads else 0) + (_scratch(layer) if scratch else 0)
     return max(running, made)
+
+
+def _scratch(layer: Layer) -> int:
+    """Values that torch 2.13 works on beside a convolution's input, and result, which it makes last.
+
+    oneDNN has the input, the kernel and the result in layouts of its own, whose channels are filled up to 16; an image
+    of fewer channels it reads as it is. Pointwise convolutions are matrix products of what is there. A small
+    convolution is one too, of every position's window of the input.
+    """
+    conv = layer.conv
+    if conv.kernel == 1 and conv.stride == 1:
+        return 0
+    if _is_small(layer):
+        return layer.out_side**2 * conv.in_channels * conv.kernel**2
+    given = 0 if conv.in_channels < _LANES else _filled(conv.in_channels) * layer.in_side**2
+    result = _filled(conv.out_channels) * layer.out_side**2
+    kernel = _filled(conv.out_channels) * (1 if conv.depthwise else _filled(conv.in_channels)) * conv.kernel**2
+    return max(result, given + kernel + result - layer.output_elements)
+
+
+def _filled(channels: int) -> int:
+    return -(-channels // _LANES) * _LANES
 
 
 @final

@@ -347,6 +347,12 @@ class SubnetBatch:
         """
         return np.append(table, 0)[self.operators].sum(axis=1)
 
+    def distinct(self, table: np.ndarray) -> np.ndarray:
+        """The same sum, an operator that a subnet has several times counted once, `(num_subnets,)`."""
+        numbers = np.sort(self.operators, axis=1)
+        repeated = np.diff(numbers, axis=1, prepend=-2) == 0
+        return np.where(repeated, 0, np.append(table, 0)[numbers]).sum(axis=1)
+
     def greatest(self, table: np.ndarray) -> np.ndarray:
         """The greatest value of each subnet's operators, `(num_subnets,)`."""
         return np.append(table, 0)[self.operators].max(axis=1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fedofa.device.allocator import OWN_MAPPING_BYTES, resident_bytes
 from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.features import feature_bytes
 from fedofa.finetune.plans import build_plan
@@ -32,9 +33,6 @@ from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
 from fedofa.types.plan import FineTunePlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-_MMAP_BYTES = 1 << 16
-_PAGE_BYTES = 1 << 12
-_CHUNK_BYTES = 96
 """What glibc spends on a small aligned block: its header and the alignment to 64 bytes."""
 
 
@@ -49,7 +47,7 @@ def tune_allocator() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _MMAP_BYTES))
+    return bool(mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, OWN_MAPPING_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +166,6 @@ def _part_sizes(plan: FineTunePlan, training: LocalTraining, num_examples: int) 
     for start, end in bounds[: training.max_steps or len(bounds)]:
         size = plan.micro_batch or end - start
         yield from (min(size, end - first) for first in range(start, end, size))
-
-
-def resident_bytes(size: int) -> int:
-    """What an allocation of that size takes: whole pages and one for its header from `_MMAP_BYTES` on, else a block."""
-    if size + _CHUNK_BYTES < _MMAP_BYTES:
-        return size + _CHUNK_BYTES
-    return -(-(size + _CHUNK_BYTES) // _PAGE_BYTES) * _PAGE_BYTES
 
 
 _CONVOLUTION = torch.ops.aten.convolution.default

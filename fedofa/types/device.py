@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,6 +11,14 @@ from typing import Any
 from fedofa.types.errors import ConfigError
 
 ENGINES = ("torch", "onnxruntime")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._:-]{0,63}")
+"""What a server takes as the name of a client or of a device class."""
+
+
+def class_name(text: str) -> str:
+    """A processor's name as the name of a device class: "Intel(R) Xeon(R) CPU @ 2.2GHz" is "Intel Xeon CPU 2.2GHz"."""
+    words = re.sub(r"\([A-Za-z]*\)|[^A-Za-z0-9 ._:-]", "", text).split()
+    return re.sub(r"^[^A-Za-z0-9]+", "", " ".join(words))[:64] or "device"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
-from fedofa.finetune.memory import LiveBytes, TrainingMemory, resident_bytes, scratch_bytes
+from fedofa.finetune.memory import LiveBytes, TrainingMemory, scratch_bytes
 from fedofa.finetune.plans import build_plan, choose_segments
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.trainer import label_objective, run_steps

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,9 +21,12 @@ from hostile_nodes_app import KINDS
 
 import server.strategy as strategy_module
 import server.superlink as superlink_module
+from clients.device import device_checksum
 from clients.local import client_id
 from conf.compose import compose_conf, encode_conf
+from fedofa.device.profile import load_device
 from fedofa.types.errors import ConfigError
+from server.devices import KeptDevice
 from server.federation import build_parts
 from server.fleet import draw_cohort
 from server.grid import InProcessGrid
@@ -212,6 +216,37 @@ def test_on_a_superlink_a_misbehaving_client_costs_only_itself(overrides, tmp_pa
     with InProcessGrid(num_nodes=count, run_config=run_config, num_workers=1) as grid:
         strategy.start(grid, num_rounds=1)
     assert strategy.state.digest() == summary["shared_digest"]
+
+
+@pytest.mark.slow
+def test_nodes_send_what_was_measured_on_them_and_their_links_are_measured(overrides, tmp_path):
+    board, run = tmp_path / "board.json", tmp_path / "run"
+    crawl = "uplink_bytes_per_second=1", "downlink_bytes_per_second=1"  # stated; no subnet travels so slowly in a round
+    nodes_of = overrides(run, "rounds=1", "fleet.num_clients=2", "fleet.clients_per_round=2", *PRESENT, *QUICK)
+    supernet = [item for item in nodes_of if item.startswith("supernet.")]
+    quick = ("passes=3", "burst=1", "calibration_subnets=8", "max_spread=1e9", "clock=cpu", "memory_bytes=1e8")
+    profile = ("supernet=small", "in_channels=1", "num_classes=10", *supernet, *quick, *crawl, f"output={board}")
+    subprocess.run([sys.executable, "-m", "server", "profile", *profile], check=True)
+    classes = [
+        f"fleet.classes.{item.split('.')[2]}.{fact}" for item in PRESENT for fact in ("memory_bytes=1e8", *crawl)
+    ]
+    by_search = ("assignment.by=search", "assignment.archive_devices=50", "assignment.link_probe_bytes=1000000")
+    conf = compose_conf([*nodes_of, *classes, *by_search])
+    nodes = [{"partition-id": number, "num-partitions": 2} for number in range(2)]
+    with LoopbackFederation([{**nodes[0], "device": str(board)}, nodes[1]]) as federation:
+        federation.run(app_folder(), {"config": encode_conf(conf)})
+
+    kept = [KeptDevice.from_json(json.loads((run / f"devices/{client_id(n)}.json").read_text()), "") for n in range(2)]
+    assert kept[0].table == load_device(board).latency
+    assert kept[0].checksum == device_checksum(board.read_bytes())
+    assert kept[1].table is None
+    for device in kept:
+        assert 1.0 < device.uplink_bytes_per_second < math.inf
+        assert 1.0 < device.downlink_bytes_per_second < math.inf
+    summary = json.loads((run / "summary.json").read_text())
+    assert not summary["sitting_out"], "with the rates that they state, both would"
+    (record,) = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert {item["client"] for item in record["cohort"]} == {client_id(0), client_id(1)} and not record["failures"]
 
 
 def kill_once_a_serverapp_runs(superlink: int) -> None:

@@ -33,7 +33,7 @@ def client(number: int, content: bytes = FILE) -> ClientInfo:
 class Nodes:
     """Answers as clients do; `files` holds what each node sends, and the clock moves with the bytes."""
 
-    def __init__(self, files, monkeypatch=None, rates=(1e6, 4e6)):
+    def __init__(self, files, monkeypatch=None, rates=(1e4, 2e4)):
         assume_identity(1, 0)
         self.files, self.rates, self.asked, self.now = files, rates, [], 0.0
         if monkeypatch is not None:
@@ -120,8 +120,8 @@ def test_another_file_than_the_stated_one_and_a_failure_are_refused(tmp_path):
 def test_link_rates_are_measured_and_kept(tmp_path, monkeypatch):
     folder, nodes = DeviceFolder(tmp_path, INDEX, link_probe_bytes=100_000), Nodes({1: FILE}, monkeypatch)
     (taken,), _, _ = folder.collect([client(1)], nodes, nodes)
-    assert taken.profile.uplink_bytes_per_second == pytest.approx(1e6)
-    assert taken.profile.downlink_bytes_per_second == pytest.approx(4e6)
+    assert taken.profile.uplink_bytes_per_second == pytest.approx(1e4)
+    assert taken.profile.downlink_bytes_per_second == pytest.approx(2e4)
     assert taken.profile.memory_bytes == PROFILE.memory_bytes
     folder.save()
     nodes.rates = (5.0, 5.0)
@@ -129,10 +129,26 @@ def test_link_rates_are_measured_and_kept(tmp_path, monkeypatch):
     assert again == taken
 
 
-def test_a_link_too_fast_to_measure_keeps_the_stated_rates(tmp_path, monkeypatch):
+def test_a_link_too_fast_to_measure_is_at_least_as_fast_as_the_whole_message(tmp_path, monkeypatch):
     nodes = Nodes({1: FILE}, monkeypatch, rates=(float("inf"), float("inf")))
     (taken,), _, _ = DeviceFolder(tmp_path, INDEX, link_probe_bytes=1000).collect([client(1)], nodes, nodes)
-    assert taken.profile == PROFILE
+    assert taken.profile == PROFILE  # which states more than 1000 bytes in the 0.5 s that any message takes
+    (taken,), _, _ = DeviceFolder(tmp_path, INDEX, link_probe_bytes=75_000).collect([client(1)], nodes, nodes)
+    assert taken.profile == replace(PROFILE, uplink_bytes_per_second=150_000)
+
+
+def test_polling_is_not_taken_for_the_link(tmp_path, monkeypatch):
+    nodes = Nodes({1: FILE}, monkeypatch, rates=(float("inf"), float("inf")))
+    waits = iter((0.0, 0.1, 2.5, 5.0, 11.5, 2.0))  # for the device, then nothing, nothing, down, up, nothing
+
+    def delayed(messages):
+        for answer in nodes(messages):
+            nodes.now += next(waits)
+            yield answer
+
+    (taken,), _, _ = DeviceFolder(tmp_path, INDEX, link_probe_bytes=1_000_000).collect([client(1)], delayed, delayed)
+    assert taken.profile.downlink_bytes_per_second == PROFILE.downlink_bytes_per_second  # no faster link is proved
+    assert taken.profile.uplink_bytes_per_second == pytest.approx(1_000_000 / (12.0 - 2.5))
 
 
 def test_a_damaged_kept_device_is_one_clear_error(tmp_path):

@@ -1,6 +1,7 @@
 """`fedofa profile` with an engine whose times are known: the table, its correction, resuming, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,7 +81,11 @@ def test_a_profile_predicts_whole_networks(device):
     assert (Latency(index, measured.latency).predict(batch) > 0.3).all()
     lines = list(summary_lines(measured))
     assert any("held-out subnets: error" in line for line in lines)
-    assert "memory of a forward pass of 5 subnets" in lines[-1]
+    assert "memory of a forward pass of 5 subnets" in lines[-1] and lines[-1].endswith("DOES NOT HOLD")
+    held = replace(measured, fit={**measured.fit, "memory_least_ratio": 1.0, "memory_greatest_ratio": 1.1})
+    assert list(summary_lines(held))[-1].endswith("1.000 to 1.100 of the measured: the bound, 1.00 to 1.10, holds")
+    with pytest.raises(ConfigError, match="device_class: expected a name like"):
+        run_profile(settings(device, "device_class='a/b'"))
     memory = InferenceMemory(index)
     assert measured.fit["memory_least_ratio"] == memory.predict_one(index.encoding.space.smallest()).value
     assert measured.fit["memory_greatest_ratio"] == memory.predict_one(index.encoding.space.largest()).value

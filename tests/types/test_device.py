@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fedofa.types.device import DeviceProfile
+from fedofa.types.device import NAME, DeviceProfile, class_name
 from fedofa.types.errors import ConfigError
 
 PROFILE = DeviceProfile("phone", 1e9, 2e9, 8e3, 2.5e5, 0.7)
@@ -64,3 +64,18 @@ def test_what_is_unknown_is_named():
 def test_a_hostile_profile_is_refused(change):
     with pytest.raises(ConfigError):
         DeviceProfile.from_json({**PROFILE.to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("processor", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC"),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel Xeon CPU 2.20GHz"),
+        ("(TM) Würfel/8", "Wrfel8"),
+        ("@", "device"),
+        ("x" * 100, "x" * 64),
+    ],
+)
+def test_every_processor_gives_a_name_that_a_server_takes(processor, name):
+    assert class_name(processor) == name
+    assert NAME.fullmatch(name)
