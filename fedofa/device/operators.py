@@ -162,6 +162,14 @@ class OperatorIndex:
             groups.setdefault(key, []).append(column)
         return tuple(tuple(columns) for columns in groups.values())
 
+    @cached_property
+    def form_columns(self) -> tuple[int, ...]:
+        """The columns that set more than one place or say which other columns there are: a subnet's form."""
+        columns = range(self.encoding.num_columns)
+        controls = {control[0] for column in columns if (control := self.encoding.control_of(column)) is not None}
+        places = np.bincount([column for own in self._columns for column in own], minlength=len(columns))
+        return tuple(column for column in columns if places[column] > 1 or column in controls)
+
     def look_up(self, rows: np.ndarray) -> np.ndarray:
         """The operators of subnets: numbers `(num_subnets, num_places)`, -1 where the subnet has no such part."""
         codes = ((rows + 1.0) @ self._radix).astype(np.int64) + self._offsets  # whole numbers below 2^53: exact

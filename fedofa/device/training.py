@@ -63,8 +63,10 @@ class PlannedPlaces:
     def of(self, batch: SubnetBatch) -> PlannedBatch:
         """The plan of every subnet."""
         present = batch.present
-        packed = np.ascontiguousarray(np.packbits(present, axis=1))
-        codes = packed.view(f"V{packed.shape[1]}").ravel()  # one value a pattern
+        packed = np.packbits(present, axis=1)
+        words = np.zeros((len(packed), -(-packed.shape[1] // 8) * 8), np.uint8)
+        words[:, : packed.shape[1]] = packed
+        codes = words.view(np.uint64 if words.shape[1] == 8 else f"V{words.shape[1]}").ravel()  # one value a pattern
         _, first, member = np.unique(codes, return_index=True, return_inverse=True)
         slots = [self._slot(present[row], batch.rows[row]) for row in first]
         slot = np.array(slots, np.int64)[member.ravel()]

@@ -22,7 +22,8 @@ _RANDOM = 2000
 """Random subnets that searches for made-up devices begin with."""
 _SPREAD = 0.4
 """Standard deviation of the logarithm of an operator's own factor."""
-_STEPS = 4
+_WIDTHS = (2, 1, 1, 1)
+"""Subnets that a made-up device keeps after each step of the refinement."""
 _LEAST_DEVICES = 8
 
 
@@ -103,7 +104,7 @@ def build_archive(
         costs = tables[owners[:, None], near.operators[subnets]] @ np.ones(near.operators.shape[1])
         return (costs / limits[owners] - 1.0)[:, None]
 
-    found, _ = refine(index, predictor, starts[first], excess, _STEPS)
+    found, _ = refine(index, predictor, starts[first], np.arange(num_devices), excess, _WIDTHS)
     rows = np.unique(np.concatenate([starts, found]), axis=0)
     accuracies = predictor.predict(SubnetBatch(index, rows))
     order = np.argsort(-accuracies, kind="stable")

@@ -32,9 +32,10 @@ _UNLIMITED = 1e300
 _TO_MILLI = 1e3
 _AT_A_TIME = 128
 """Devices that the archive is priced on at once."""
-_KEPT, _APART = (5, 2, 1), 8
-"""Subnets of a device that are refined: those it begins with, those that go on after a step, and the one after that;
-and columns in which those that it begins with differ at the least."""
+WIDTHS = (3, 2, 1)
+"""Subnets of unlike forms that a device keeps after each step of the refinement, unless told otherwise."""
+_STARTS, _APART = 2, 14
+"""Subnets of a device that are refined, and columns in which they differ at the least."""
 _ROUNDING = np.float32(1e-5)
 """Share of a limit that single-precision sums over an archive may be off."""
 
@@ -188,13 +189,14 @@ class FleetSearch:
         predictor: of accuracy.
         ways: to train, in order of preference; a later group serves only devices that nothing fits in the earlier ones.
             In a group the first way that fits the chosen subnet is taken (recompute only at need).
-        steps: of the refinement from the best start, at the most; 0 takes the archive's subnets as they are.
+        widths: of the refinement, subnets of unlike forms that a device keeps after each step; without a step it takes
+            the archive's best.
     """
 
     archive: Archive
     predictor: AccuracyPredictor
     ways: Sequence[Sequence[Way]]
-    steps: int = 6
+    widths: Sequence[int] = WIDTHS
 
     @property
     def index(self) -> OperatorIndex:
@@ -243,7 +245,7 @@ class FleetSearch:
         """Where each device begins: its best subnets that differ from one another, or else the nearest subnet.
 
         Returns:
-            Positions in the archive, `(num_devices, _KEPT[0])`, and whether they fit the device, `(num_devices,)`.
+            Positions in the archive, `(num_devices, _STARTS)`, and whether they fit the device, `(num_devices,)`.
         """
         archive, way = self.archive, devices.way
         features = way.costs.features(archive.batch).matrix()
@@ -256,37 +258,27 @@ class FleetSearch:
             fitting.append(fits.any(axis=0))
             first = np.where(fitting[-1], fits.argmax(axis=0), excess.argmin(axis=0))
             chosen = [first]
-            for _ in range(_KEPT[0] - 1):
+            for _ in range(_STARTS - 1):
                 fits &= archive.differing(chosen[-1]) >= _APART
                 chosen.append(np.where(fits.any(axis=0), fits.argmax(axis=0), first))
             ranks.append(np.stack(chosen, axis=1))
         return np.concatenate(ranks), np.concatenate(fitting)
 
     def _refined(self, devices: Devices, members: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The best subnet that is reached from each device's starts; the worse ones are left behind step by step.
+        """The best subnet that is reached from each device's starts, and its accuracy.
 
         Args:
             members: of the devices.
-            starts: positions in the archive, `(num_members, _KEPT[0])`.
+            starts: positions in the archive, `(num_members, _STARTS)`.
         """
-        rows, accuracies = self.archive.rows[starts], self.archive.accuracies[starts]
-        if not self.steps:
-            return rows[:, 0], accuracies[:, 0]
-        for kept in _KEPT:
-            order = np.argsort(-accuracies, axis=1, kind="stable")[:, :kept]
-            rows = np.take_along_axis(rows, order[:, :, None], axis=1)
-            steps = self.steps if kept == 1 else 1
-            flat, reached = self._climbed(devices, np.repeat(members, kept), rows.reshape(-1, rows.shape[2]), steps)
-            rows, accuracies = flat.reshape(rows.shape), reached.reshape(rows.shape[:2])
-        return rows[:, 0], accuracies[:, 0]
+        if not self.widths:
+            return self.archive.rows[starts[:, 0]], self.archive.accuracies[starts[:, 0]]
 
-    def _climbed(
-        self, devices: Devices, owners: np.ndarray, rows: np.ndarray, steps: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        def excess(batch: SubnetBatch, subnets: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-            return devices.each(batch, owners[numbers], subnets)
+        def excess(batch: SubnetBatch, subnets: np.ndarray, owners: np.ndarray) -> np.ndarray:
+            return devices.each(batch, members[owners], subnets)
 
-        return refine(self.index, self.predictor, rows, excess, steps)
+        owners = np.repeat(np.arange(len(members)), starts.shape[1])
+        return refine(self.index, self.predictor, self.archive.rows[starts.ravel()], owners, excess, self.widths)
 
     def _choices(
         self, ways: Sequence[Devices], group: int, members: np.ndarray, rows: np.ndarray, accuracies: np.ndarray

@@ -19,7 +19,9 @@ from fedofa.search.archive import Archive, build_archive
 from fedofa.search.fit import uniform_subnets
 from fedofa.search.fleet import Choice, Demand, FleetSearch, Way
 from fedofa.search.limits import Limit, Limits
+from fedofa.search.refine import Beam, refine
 from fedofa.supernet.families import build_elastic
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, InfeasibilityError
 
@@ -67,16 +69,20 @@ def every_row():
     return np.unique(INDEX.encoding.normalised(np.array(list(itertools.product(*choices)), np.int16)), axis=0)
 
 
-@pytest.fixture(scope="module")
-def predictor():
+def random_predictor(index):
     """An accuracy that no cost explains: a network with random weights."""
     rng = np.random.default_rng(5)
-    sizes = (INDEX.encoding.num_features, 16, 1)
+    sizes = (index.encoding.num_features, 16, 1)
     layers = [
         DenseLayer(rng.normal(0, 1, (b, a)).astype(np.float32), rng.normal(0, 1, b).astype(np.float32))
         for a, b in itertools.pairwise(sizes)
     ]
-    return NetworkPredictor(INDEX.encoding.space, layers, 60.0)
+    return NetworkPredictor(index.encoding.space, layers, 60.0)
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return random_predictor(INDEX)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +150,7 @@ def test_every_choice_is_within_its_limits_and_close_to_the_best_of_all_subnets(
 
 def test_refinement_betters_what_the_archive_has(sparse, predictor):
     demands = random_demands(25, seed=1)
-    plain = [item.accuracy for item in FleetSearch(sparse, predictor, [[PLAIN]], steps=0).assign(demands)]
+    plain = [item.accuracy for item in FleetSearch(sparse, predictor, [[PLAIN]], widths=()).assign(demands)]
     refined = [item.accuracy for item in FleetSearch(sparse, predictor, [[PLAIN]]).assign(demands)]
     assert all(after >= before - 1e-5 for before, after in zip(plain, refined, strict=True))
     assert sum(refined) > sum(plain)
@@ -155,6 +161,42 @@ def test_a_blocks_kernel_and_expand_ratio_are_one_group_and_other_columns_stand_
     assert sorted(itertools.chain(*INDEX.column_groups)) == list(range(INDEX.encoding.num_columns))
     assert {"kernel", "expand"} in names
     assert all(group == {"kernel", "expand"} or len(group) == 1 for group in names)
+
+
+def test_depths_and_the_resolution_make_a_subnets_form():
+    names = {INDEX.encoding.names[column].split("[")[0] for column in INDEX.form_columns}
+    assert names == {"depth", "resolution"}
+
+
+def test_going_on_from_several_forms_reaches_better_subnets_than_from_the_best_one():
+    index = OperatorIndex.of(build_elastic(MobileNetV3Spec(resolutions=(160, 192, 224))))
+    macs, predictor = Macs(index), random_predictor(index)
+    limits = np.geomspace(
+        *macs.predict(index.batch([index.encoding.space.smallest(), index.encoding.space.largest()])), 18
+    )
+    limits, every = limits[1:-1], np.arange(16)
+    rows = np.repeat(index.encoding.rows([index.encoding.space.smallest()]), 16, axis=0)
+
+    def excess(batch, subnets, owners):
+        return (macs.predict(batch)[subnets] / limits[owners] - 1.0)[:, None]
+
+    def refined(*widths):
+        found, accuracies = refine(index, predictor, rows, every, excess, widths)
+        assert (macs.predict(SubnetBatch(index, found)) <= limits).all()
+        assert accuracies == pytest.approx(predictor.predict(SubnetBatch(index, found)), rel=1e-5)
+        return accuracies
+
+    narrow, wide = refined(1, 1, 1, 1), refined(4, 4, 1, 1)
+    assert wide.mean() > narrow.mean()
+
+
+def test_a_beam_keeps_the_best_of_each_form_and_of_each_device_only_so_many():
+    rows = np.array([[0, 1], [0, 2], [1, 1], [2, 0], [0, 0]], np.int16)
+    beam = Beam(rows, np.array([1.0, 3.0, 2.0, 0.5, 9.0]), np.array([0, 0, 0, 0, 1]))
+    assert beam.best((0,)).tolist() == [1, 2, 3, 4]
+    assert beam.best((0,), 2).tolist() == [1, 2, 4]
+    assert beam.best((), 1).tolist() == [1, 4]
+    assert beam.best((0, 1), 3).tolist() == [1, 2, 0, 4]
 
 
 def test_a_devices_choice_does_not_depend_on_the_rest_of_the_fleet(archive, predictor):
