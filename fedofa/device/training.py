@@ -12,7 +12,7 @@ from typing import final
 import numpy as np
 
 from fedofa.device.cost import BACKWARD_PASSES, LocalWork
-from fedofa.device.models import MEGABYTE, SubnetCostModel
+from fedofa.device.models import SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.supernet.costs import BlockCost
 from fedofa.types.device import DeviceProfile
@@ -260,23 +260,3 @@ class RoundCosts:
             (macs * (1 + again)) @ each,
         )
         return RoundFeatures(*(column.astype(np.float64) for column in columns))
-
-
-@final
-class TrainingMemory(SubnetCostModel):
-    """Peak bytes of training under a plan, above the engine's floor.
-
-    Args:
-        plans: the plan of every subnet.
-        work: what the device does in a round.
-        micro_batch: examples that go through the network at a time; 0 for the whole batch.
-    """
-
-    setting, unit = "training_memory_mb", "MB"
-
-    def __init__(self, plans: PlannedPlaces, work: LocalWork, micro_batch: int = 0) -> None:
-        super().__init__(plans.index)
-        self._costs, self._factors = RoundCosts(plans), memory_factors(work, micro_batch)
-
-    def predict(self, batch: SubnetBatch) -> np.ndarray:
-        return self._costs.features(batch).matrix() @ self._factors / MEGABYTE

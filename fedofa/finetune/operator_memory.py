@@ -32,12 +32,17 @@ class Treatment:
         reached: whether something trains before it, so that its input has a gradient.
         batch: examples that go through at a time.
         accumulates: whether gradients are added to those of an earlier micro-batch.
+        given_innermost: whether its input has channels innermost in memory; an image of one channel has not.
+        innermost: whether the gradient of its result has; behind a mean over the map it has not. Both decide what
+            operations compute gradients by.
     """
 
     plan: FineTunePlan
     reached: bool
     batch: int
     accumulates: bool
+    given_innermost: bool
+    innermost: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,8 @@ class OperatorTrace:
         weight_bytes: parameters and statistics.
         kernels: its distinct convolutions.
         resizes: whether maps are resized.
+        gives_innermost: whether its result has channels innermost.
+        passes_innermost: whether the gradient of its input has.
     """
 
     inner_bytes: int
@@ -67,32 +74,37 @@ class OperatorTrace:
     weight_bytes: int
     kernels: frozenset[tuple[Any, ...]]
     resizes: bool
+    gives_innermost: bool
+    passes_innermost: bool
 
 
 class _Given(torch.autograd.Function):
     """An operator's input, whose gradient comes to nothing: nobody holds on to either."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return anchor.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], innermost: bool, layouts: list[bool]) -> Tensor:
+        ctx.layouts = layouts
+        x = torch.empty(shape, device=anchor.device)
+        return x.contiguous(memory_format=torch.channels_last) if innermost else x
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return gradient.new_empty(1), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.layouts.append(_is_innermost(gradient))
+        return gradient.new_empty(1), None, None, None
 
 
 class _Taken(torch.autograd.Function):
     """What follows an operator: gives a gradient of its result, and keeps nothing of it."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor) -> Tensor:
-        ctx.shape = result.shape
+    def forward(ctx: Any, result: Tensor, innermost: bool) -> Tensor:
+        ctx.shape, ctx.innermost = result.shape, innermost and result.dim() == 4
         return result.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        given = gradient.new_empty(ctx.shape)
-        return given.contiguous(memory_format=torch.channels_last) if given.dim() == 4 else given
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layout = torch.channels_last if ctx.innermost else torch.contiguous_format
+        return torch.empty(ctx.shape, device=gradient.device, memory_format=layout), None
 
 
 def trace_operator(
@@ -110,6 +122,7 @@ def trace_operator(
     batch, plan = treatment.batch, treatment.plan
     anchor = torch.zeros(1, device="meta", requires_grad=treatment.reached)
     labels, order = torch.zeros(batch, dtype=torch.int64, device="meta"), torch.arange(batch)
+    shape, layouts = (batch, operator.in_channels, operator.in_side, operator.in_side), []
     objective = label_objective(labels, label_smoothing)
     with planned(block, plan, torch.Generator().manual_seed(0)) as parameters:
         if treatment.accumulates:
@@ -118,14 +131,15 @@ def trace_operator(
         known = [anchor, labels, order, *block.parameters(), *block.buffers(), *parameters]
         known += [parameter.grad for parameter in parameters if parameter.grad is not None]
         with LiveBytes(known) as live:
-            x = _Given.apply(anchor, (batch, operator.in_channels, operator.in_side, operator.in_side))
+            x = _Given.apply(anchor, shape, treatment.given_innermost, layouts)
             given = live.live
             live.peak = given
             y = block(x)
+            gives = _is_innermost(y)
             if operator.is_classifier:
                 y = objective(y, order)
             forward, before = live.peak, live.live
-            loss = _Taken.apply(y)
+            loss = _Taken.apply(y, treatment.innermost)
             held = live.live
             del x
             keeps_input = live.live == held
@@ -146,7 +160,13 @@ def trace_operator(
         *(inner, given, keeps_input, keeps_result, forward, backward, gradients, weights),
         frozenset(live.kernels),
         live.resizes,
+        gives,
+        all(layouts),
     )
+
+
+def _is_innermost(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def parameter_names(operator: Operator) -> frozenset[str]:

@@ -26,13 +26,15 @@ _BYTES = 4
 _WARM_UP = 2000
 _UNKNOWN = -1
 _WORD = 64
+_REACHED, _RECOMPUTED, _GIVEN, _INNERMOST, _FLAGS = 1, 2, 4, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     """What every trace says (see `OperatorTrace`), an entry a trace; the first is that of a place which is absent.
 
-    `kernels` has one bit a distinct convolution, uint64 `(num_traces, num_words)`.
+    `gives` and `passes` say whether result and gradient have channels innermost; `kernels` has one bit a distinct
+    convolution, uint64 `(num_traces, num_words)`.
     """
 
     inner: np.ndarray
@@ -44,10 +46,12 @@ class _Table:
     gradients: np.ndarray
     weights: np.ndarray
     resizes: np.ndarray
+    gives: np.ndarray
+    passes: np.ndarray
     kernels: np.ndarray
 
 
-_ABSENT = OperatorTrace(0, 0, False, False, 0, 0, 0, 0, frozenset(), False)
+_ABSENT = OperatorTrace(0, 0, False, False, 0, 0, 0, 0, frozenset(), False, True, True)
 
 
 @final
@@ -76,7 +80,7 @@ class PlannedTrainingMemory(SubnetCostModel):
         self._numbers: dict[tuple[Operator, Treatment], int] = {}  # of traces, by operator and treatment
         self._traces = [_ABSENT]
         self._table = _tabulated(self._traces)
-        self._trace_of = np.zeros((0, 0, 4), np.int64)  # by part of a plan, operator and what comes to it
+        self._trace_of = np.zeros((0, 0, _FLAGS), np.int64)  # by part of a plan, operator and what comes to it
 
     def warm_up(self) -> None:
         """Follow the operators of some thousand random subnets, so that a search meets hardly any that is new."""
@@ -127,22 +131,49 @@ class PlannedTrainingMemory(SubnetCostModel):
         return peak
 
     def _look_up(self, batch: SubnetBatch, planned: PlannedBatch) -> np.ndarray:
-        """The trace of every place, `(num_subnets, num_places)`, 0 where there is no part."""
-        reached = np.cumsum(planned.trained, axis=1) > planned.trained
-        keys = np.stack([planned.parts, batch.operators, 2 * reached + planned.recomputed])
+        """The trace of every place, `(num_subnets, num_places)`, 0 where there is no part.
+
+        Which layout maps have is handed on along the forward pass, that of gradients along the backward pass.
+        """
         self._make_room()
-        numbers = np.where(batch.present, self._trace_of[tuple(keys)], 0)
-        missing = numbers == _UNKNOWN
-        if missing.any():
-            for part, operator, flags in np.unique(keys[:, missing], axis=1).T.tolist():
-                self._trace_of[part, operator, flags] = self._follow(part, operator, flags)
+        outer = self._outer()[batch.operators]
+        flags = _REACHED * (np.cumsum(planned.trained, axis=1) > planned.trained) + _RECOMPUTED * planned.recomputed
+        traces = np.zeros_like(batch.operators)
+        given = np.ones(len(batch), bool)
+        for place in range(traces.shape[1]):
+            expected = planned.backward[:, place] & outer[:, place]  # the layout that gradients mostly have
+            flags[:, place] += _GIVEN * given + _INNERMOST * ~expected
+            traces[:, place] = self._numbers_at(place, batch, planned, flags)
+            given = np.where(batch.present[:, place], self._table.gives[traces[:, place]], given)
+        innermost = np.ones(len(batch), bool)
+        for place in reversed(range(traces.shape[1])):
+            layout = innermost | ~planned.backward[:, place] | ~outer[:, place]
+            flags[:, place] = flags[:, place] & ~_INNERMOST | _INNERMOST * layout
+            traces[:, place] = self._numbers_at(place, batch, planned, flags)
+            innermost = np.where(batch.present[:, place], self._table.passes[traces[:, place]], innermost)
+        return traces
+
+    def _outer(self) -> np.ndarray:
+        """Whether an operator's result is a map of several positions, of which layouts differ; last that of none."""
+        return np.array([*(operator.out_side > 1 for operator in self.index.operators), False])
+
+    def _numbers_at(self, place: int, batch: SubnetBatch, planned: PlannedBatch, flags: np.ndarray) -> np.ndarray:
+        """The traces of a place, `(num_subnets,)`; those that there are not yet are made."""
+        present = batch.present[:, place]
+        keys = np.stack([planned.parts[present, place], batch.operators[present, place], flags[present, place]])
+        numbers = self._trace_of[tuple(keys)]
+        if (numbers == _UNKNOWN).any():
+            for key in np.unique(keys[:, numbers == _UNKNOWN], axis=1).T.tolist():
+                self._trace_of[tuple(key)] = self._follow(*key)
             self._table = _tabulated(self._traces)
-            numbers = np.where(batch.present, self._trace_of[tuple(keys)], 0)
-        return numbers
+            numbers = self._trace_of[tuple(keys)]
+        result = np.zeros(len(batch), np.int64)
+        result[present] = numbers
+        return result
 
     def _make_room(self) -> None:
         """For the parts of plans and the operators that are known by now."""
-        shape = len(self.plans.part_plans), len(self.index.operators), 4
+        shape = len(self.plans.part_plans), len(self.index.operators), _FLAGS
         if self._trace_of.shape != shape:
             larger = np.full(shape, _UNKNOWN, np.int64)
             larger[tuple(map(slice, self._trace_of.shape))] = self._trace_of
@@ -151,9 +182,12 @@ class PlannedTrainingMemory(SubnetCostModel):
     def _follow(self, part: int, number: int, flags: int) -> int:
         """The number of the trace of an operator under a part of a plan."""
         place, plan = self.plans.part_plans[part]
-        own = _renamed(plan, self.index.places[place], self.index.operators[number], recomputed=bool(flags & 1))
+        own = _renamed(
+            plan, self.index.places[place], self.index.operators[number], recomputed=bool(flags & _RECOMPUTED)
+        )
         operator = replace(self.index.operators[number], saved_elements=0)
-        treatment = Treatment(own, flags > 1, self._at_a_time, self._accumulates)
+        has = {flag: bool(flags & flag) for flag in (_REACHED, _GIVEN, _INNERMOST)}
+        treatment = Treatment(own, has[_REACHED], self._at_a_time, self._accumulates, has[_GIVEN], has[_INNERMOST])
         if (operator, treatment) not in self._numbers:
             self._numbers[operator, treatment] = len(self._traces)
             self._traces.append(trace_operator(operator, treatment, self._dropout))
@@ -226,5 +260,7 @@ def _tabulated(traces: list[OperatorTrace]) -> _Table:
         gradients=np.array([trace.gradient_bytes for trace in traces]),
         weights=np.array([trace.weight_bytes for trace in traces]),
         resizes=np.array([trace.resizes for trace in traces]),
+        gives=np.array([trace.gives_innermost for trace in traces]),
+        passes=np.array([trace.passes_innermost for trace in traces]),
         kernels=bits,
     )
