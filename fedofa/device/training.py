@@ -50,8 +50,8 @@ class PlannedPlaces:
         plan_of: makes the plan of a subnet from its blocks.
 
     Attributes:
-        part_plans: what plans do in a place, by number: of each set of parameters that train there, the plan's part, and
-            the place.
+        part_plans: what plans do in a place, by number: the place, and the part of a plan for each set of parameters
+            that train there.
     """
 
     def __init__(self, index: OperatorIndex, plan_of: PlanOf) -> None:

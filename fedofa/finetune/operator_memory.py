@@ -1,4 +1,4 @@
-"""What one operator takes in a training step: it is run alone on the meta device and every tensor's life is followed."""
+"""What one operator takes in a training step: it is run alone on the meta device, every tensor's life is followed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from fedofa.types.plan import FineTunePlan
 BLOCK = "block"
 """The name of the operator's layers in a `Treatment`'s plan."""
 _NORM_EPS = 1e-5
+PLAIN, INNERMOST, LOOSE = 0, 1, 2
+"""Layouts of maps: width innermost; channels innermost; so too, of one example, with a stride from one example to the
+next that is none of that layout's, by which torch's max pooling takes it for the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +35,16 @@ class Treatment:
         reached: whether something trains before it, so that its input has a gradient.
         batch: examples that go through at a time.
         accumulates: whether gradients are added to those of an earlier micro-batch.
-        given_innermost: whether its input has channels innermost in memory; an image of one channel has not.
-        innermost: whether the gradient of its result has; behind a mean over the map it has not. Both decide what
-            operations compute gradients by.
+        layout: of its input, `PLAIN`, `INNERMOST` or `LOOSE`.
+        innermost: whether the gradient of its result has channels innermost; behind a mean over the map it has not.
+            Both layouts decide what operations compute gradients by.
     """
 
     plan: FineTunePlan
     reached: bool
     batch: int
     accumulates: bool
-    given_innermost: bool
+    layout: int
     innermost: bool
 
 
@@ -60,8 +63,8 @@ class OperatorTrace:
         weight_bytes: parameters and statistics.
         kernels: its distinct convolutions.
         resizes: whether maps are resized.
-        gives_innermost: whether its result has channels innermost.
-        passes_innermost: whether the gradient of its input has.
+        gives: the layout of its result.
+        passes_innermost: whether the gradient of its input has channels innermost.
     """
 
     inner_bytes: int
@@ -74,7 +77,7 @@ class OperatorTrace:
     weight_bytes: int
     kernels: frozenset[tuple[Any, ...]]
     resizes: bool
-    gives_innermost: bool
+    gives: int
     passes_innermost: bool
 
 
@@ -82,10 +85,12 @@ class _Given(torch.autograd.Function):
     """An operator's input, whose gradient comes to nothing: nobody holds on to either."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], innermost: bool, layouts: list[bool]) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, int, int, int], layout: int, layouts: list[bool]) -> Tensor:
         ctx.layouts = layouts
         x = torch.empty(shape, device=anchor.device)
-        return x.contiguous(memory_format=torch.channels_last) if innermost else x
+        x = x if layout == PLAIN else x.contiguous(memory_format=torch.channels_last)
+        _, channels, _, width = shape
+        return x.as_strided(shape, (channels, 1, channels * width, channels)) if layout == LOOSE else x
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -131,11 +136,11 @@ def trace_operator(
         known = [anchor, labels, order, *block.parameters(), *block.buffers(), *parameters]
         known += [parameter.grad for parameter in parameters if parameter.grad is not None]
         with LiveBytes(known) as live:
-            x = _Given.apply(anchor, shape, treatment.given_innermost, layouts)
+            x = _Given.apply(anchor, shape, treatment.layout, layouts)
             given = live.live
             live.peak = given
             y = block(x)
-            gives = _is_innermost(y)
+            gives = _layout_of(y)
             if operator.is_classifier:
                 y = objective(y, order)
             forward, before = live.peak, live.live
@@ -163,6 +168,12 @@ def trace_operator(
         gives,
         all(layouts),
     )
+
+
+def _layout_of(x: Tensor) -> int:
+    if not _is_innermost(x):
+        return PLAIN
+    return LOOSE if len(x) == 1 and x.stride(0) < x.numel() else INNERMOST
 
 
 def _is_innermost(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """What training takes thousands of subnets at once: each operator's step is followed once, subnets are put together.
 
-A block's tensors live and die the same way wherever it stands. What `memory.training_memory` finds for a whole subnet is
-therefore a running sum, along the subnet's places, of what `operator_memory.trace_operator` finds for its operators.
+A block's tensors live and die the same way wherever it stands. What `memory.training_memory` finds for a whole subnet
+is therefore a running sum, along its places, of what `operator_memory.trace_operator` finds for its operators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedofa.device.models import MEGABYTE, SubnetCostModel
 from fedofa.device.operators import Operator, SubnetBatch
 from fedofa.device.training import PlannedBatch, PlannedPlaces
 from fedofa.finetune.memory import KERNEL_BYTES, PROCESS_BYTES, RESIZING_BYTES, part_sizes
-from fedofa.finetune.operator_memory import BLOCK, OperatorTrace, Treatment, parameter_names, trace_operator
+from fedofa.finetune.operator_memory import BLOCK, INNERMOST, OperatorTrace, Treatment, parameter_names, trace_operator
 from fedofa.finetune.recipe import LocalTraining, largest_batch
 from fedofa.types.plan import FineTunePlan
 
@@ -26,15 +26,15 @@ _BYTES = 4
 _WARM_UP = 2000
 _UNKNOWN = -1
 _WORD = 64
-_REACHED, _RECOMPUTED, _GIVEN, _INNERMOST, _FLAGS = 1, 2, 4, 8, 16
+_REACHED, _RECOMPUTED, _INNERMOST, _GIVEN, _FLAGS = 1, 2, 4, 8, 32
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
     """What every trace says (see `OperatorTrace`), an entry a trace; the first is that of a place which is absent.
 
-    `gives` and `passes` say whether result and gradient have channels innermost; `kernels` has one bit a distinct
-    convolution, uint64 `(num_traces, num_words)`.
+    `gives` is the result's layout, `passes` whether the gradient has channels innermost; `kernels` has one bit a
+    distinct convolution, uint64 `(num_traces, num_words)`.
     """
 
     inner: np.ndarray
@@ -51,14 +51,14 @@ class _Table:
     kernels: np.ndarray
 
 
-_ABSENT = OperatorTrace(0, 0, False, False, 0, 0, 0, 0, frozenset(), False, True, True)
+_ABSENT = OperatorTrace(0, 0, False, False, 0, 0, 0, 0, frozenset(), False, INNERMOST, True)
 
 
 @final
 class PlannedTrainingMemory(SubnetCostModel):
     """Peak bytes of training under a plan above the engine's floor, close to what `memory.training_memory` finds.
 
-    Operators are followed when they are first met, some 30 ms of CPU each.
+    Operators are followed when they are first met, some 40 ms of CPU each.
 
     Args:
         plans: the plan of every subnet, with its levers; it caches no features.
@@ -139,7 +139,7 @@ class PlannedTrainingMemory(SubnetCostModel):
         outer = self._outer()[batch.operators]
         flags = _REACHED * (np.cumsum(planned.trained, axis=1) > planned.trained) + _RECOMPUTED * planned.recomputed
         traces = np.zeros_like(batch.operators)
-        given = np.ones(len(batch), bool)
+        given = np.full(len(batch), INNERMOST)
         for place in range(traces.shape[1]):
             expected = planned.backward[:, place] & outer[:, place]  # the layout that gradients mostly have
             flags[:, place] += _GIVEN * given + _INNERMOST * ~expected
@@ -182,12 +182,10 @@ class PlannedTrainingMemory(SubnetCostModel):
     def _follow(self, part: int, number: int, flags: int) -> int:
         """The number of the trace of an operator under a part of a plan."""
         place, plan = self.plans.part_plans[part]
-        own = _renamed(
-            plan, self.index.places[place], self.index.operators[number], recomputed=bool(flags & _RECOMPUTED)
-        )
         operator = replace(self.index.operators[number], saved_elements=0)
-        has = {flag: bool(flags & flag) for flag in (_REACHED, _GIVEN, _INNERMOST)}
-        treatment = Treatment(own, has[_REACHED], self._at_a_time, self._accumulates, has[_GIVEN], has[_INNERMOST])
+        own = _renamed(plan, self.index.places[place], operator, recomputed=bool(flags & _RECOMPUTED))
+        passes = bool(flags & _REACHED), self._at_a_time, self._accumulates
+        treatment = Treatment(own, *passes, flags // _GIVEN, bool(flags & _INNERMOST))
         if (operator, treatment) not in self._numbers:
             self._numbers[operator, treatment] = len(self._traces)
             self._traces.append(trace_operator(operator, treatment, self._dropout))
@@ -260,7 +258,7 @@ def _tabulated(traces: list[OperatorTrace]) -> _Table:
         gradients=np.array([trace.gradient_bytes for trace in traces]),
         weights=np.array([trace.weight_bytes for trace in traces]),
         resizes=np.array([trace.resizes for trace in traces]),
-        gives=np.array([trace.gives_innermost for trace in traces]),
+        gives=np.array([trace.gives for trace in traces]),
         passes=np.array([trace.passes_innermost for trace in traces]),
         kernels=bits,
     )
