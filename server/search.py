@@ -71,10 +71,11 @@ def run_search(conf: SearchConf) -> SearchResult:
     predictor: AccuracyPredictor = ZeroCostProxy(index)
     if conf.predictor:
         predictor = load_predictor(Path(conf.predictor), index.encoding.space)
-    memory = models.pop("training_memory_mb")
-    if isinstance(memory, PlannedTrainingMemory) and conf.training_memory_mb is not None:
-        models[memory.setting] = memory
-        memory.warm_up()
+    memory = models["training_memory_mb"]
+    if conf.training_memory_mb is None:
+        del models["training_memory_mb"]  # which takes seconds to price even a few subnets
+    elif isinstance(memory, PlannedTrainingMemory):
+        memory.warm_up()  # no part of the search's time
     search = DeviceSearch(index, predictor, list(models.values()), conf.population, conf.generations)
     _load_pymoo()  # no part of the search's time
     start, cpu_start = time.perf_counter(), time.process_time()

@@ -43,9 +43,10 @@ def test_it_is_what_a_step_of_the_whole_subnet_takes(name, kind, levers):
     batch, supernet = drawn(name, 3), SUPERNETS[name]
     for row, megabytes in zip(batch.rows, model_of(name, plan_of).predict(batch), strict=True):
         subnet = batch.index.encoding.subnet(row)
-        side, channels = supernet.resolution(subnet), supernet.network_spec(subnet).in_channels
+        network = supernet.network_spec(subnet)
+        shape = (network.in_channels, network.resolution, network.resolution)
         plan, training = plan_of(supernet.block_costs(subnet)), LocalTraining(batch_size=BATCH_SIZE)
-        figure = training_memory(supernet.structure(subnet), plan, training, NUM_EXAMPLES, (channels, side, side))
+        figure = training_memory(supernet.structure(subnet), plan, training, NUM_EXAMPLES, shape)
         assert 0.999 <= megabytes * 1e6 / figure.total_bytes <= 1.015
 
 
