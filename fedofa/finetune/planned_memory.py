@@ -18,7 +18,15 @@ from fedofa.device.models import MEGABYTE, SubnetCostModel
 from fedofa.device.operators import Operator, SubnetBatch
 from fedofa.device.training import PlannedBatch, PlannedPlaces
 from fedofa.finetune.memory import KERNEL_BYTES, PROCESS_BYTES, RESIZING_BYTES, part_sizes
-from fedofa.finetune.operator_memory import BLOCK, INNERMOST, OperatorTrace, Treatment, parameter_names, trace_operator
+from fedofa.finetune.operator_memory import (
+    BLOCK,
+    INNERMOST,
+    PLAIN,
+    OperatorTrace,
+    Treatment,
+    parameter_names,
+    trace_operator,
+)
 from fedofa.finetune.recipe import LocalTraining, largest_batch
 from fedofa.types.plan import FineTunePlan
 
@@ -141,8 +149,10 @@ class PlannedTrainingMemory(SubnetCostModel):
         traces = np.zeros_like(batch.operators)
         given = np.full(len(batch), INNERMOST)
         for place in range(traces.shape[1]):
-            expected = planned.backward[:, place] & outer[:, place]  # the layout that gradients mostly have
-            flags[:, place] += _GIVEN * given + _INNERMOST * ~expected
+            expected = (
+                (given != PLAIN) | ~planned.backward[:, place] | ~outer[:, place]
+            )  # gradients mostly lie as maps do
+            flags[:, place] += _GIVEN * given + _INNERMOST * expected
             traces[:, place] = self._numbers_at(place, batch, planned, flags)
             given = np.where(batch.present[:, place], self._table.gives[traces[:, place]], given)
         innermost = np.ones(len(batch), bool)
