@@ -468,6 +468,9 @@ class SearchConf:
     parameters: float | None = None
     plan: str = MISSING  # "full" | "last_blocks(k)" | "bias" | "head"
     recompute: bool = MISSING
+    statistics: str = MISSING  # batch norm: "batch" | "frozen"
+    lean: bool = MISSING  # operations that keep only what their gradients need
+    micro_batch: int = MISSING  # examples at a time, gradients being added up; 0: the whole batch
     num_examples: int = MISSING
     batch_size: int = MISSING
     optimiser_slots: int = MISSING

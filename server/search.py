@@ -24,7 +24,8 @@ from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, check_machine, read_json
 from fedofa.device.tables import FORMAT as TABLE_FORMAT
 from fedofa.device.tables import LatencyTable
-from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
+from fedofa.device.training import BytesUp, PlannedPlaces
+from fedofa.finetune.planned_memory import PlannedTrainingMemory
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import AccuracyPredictor, ZeroCostProxy, load_predictor
 from fedofa.search.limits import Limit, Limits
@@ -70,6 +71,11 @@ def run_search(conf: SearchConf) -> SearchResult:
     predictor: AccuracyPredictor = ZeroCostProxy(index)
     if conf.predictor:
         predictor = load_predictor(Path(conf.predictor), index.encoding.space)
+    memory = models["training_memory_mb"]
+    if conf.training_memory_mb is None:
+        del models["training_memory_mb"]  # which takes seconds to price even a few subnets
+    elif isinstance(memory, PlannedTrainingMemory):
+        memory.warm_up()  # no part of the search's time
     search = DeviceSearch(index, predictor, list(models.values()), conf.population, conf.generations)
     _load_pymoo()  # no part of the search's time
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -96,16 +102,18 @@ def build_models(conf: SearchConf, index: OperatorIndex) -> dict[str, SubnetCost
     Raises:
         FedofaError: naming the setting that is out of range, or the file that is damaged or of another space.
     """
-    plans = PlannedPlaces(index, partial(build_plan, conf.plan, recompute=conf.recompute))
-    for name in ("num_examples", "batch_size", "wire_bytes"):
-        if getattr(conf, name) < 1:
-            raise ConfigError(f"{name}: expected at least 1, found {getattr(conf, name)}")
+    bounds = {"num_examples": 1, "batch_size": 1, "wire_bytes": 1, "optimiser_slots": 0, "micro_batch": 0}
+    for name, least in bounds.items():
+        if getattr(conf, name) < least:
+            raise ConfigError(f"{name}: expected at least {least}, found {getattr(conf, name)}")
+    levers = {name: getattr(conf, name) for name in ("recompute", "statistics", "lean", "micro_batch")}
+    plans = PlannedPlaces(index, partial(build_plan, conf.plan, **levers))
     work = LocalWork(conf.num_examples, conf.num_examples, conf.batch_size, conf.optimiser_slots, conf.wire_bytes)
     chip = Chip(**asdict(conf.chip))
     models: tuple[SubnetCostModel, ...] = (
         Latency(index, _load_table(conf, index)),
         InferenceMemory(index),
-        TrainingMemory(plans, work),
+        PlannedTrainingMemory(plans, work),
         WorkingSet(index, chip.activation_bits),
         Energy(index, chip),
         BytesUp(plans, conf.wire_bytes),

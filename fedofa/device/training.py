@@ -6,13 +6,13 @@ The figures are those of `cost.AnalyticCostModel`, computed place by place inste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import final
 
 import numpy as np
 
 from fedofa.device.cost import BACKWARD_PASSES, LocalWork
-from fedofa.device.models import MEGABYTE, SubnetCostModel
+from fedofa.device.models import SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.supernet.costs import BlockCost
 from fedofa.types.device import DeviceProfile
@@ -32,11 +32,13 @@ class PlannedBatch:
         trained: values that train.
         backward: whether gradients pass through.
         recomputed: whether activations are recomputed.
+        parts: numbers of what the plan does in the place (see `PlannedPlaces.part_plans`).
     """
 
     trained: np.ndarray
     backward: np.ndarray
     recomputed: np.ndarray
+    parts: np.ndarray
 
 
 @final
@@ -46,6 +48,10 @@ class PlannedPlaces:
     Args:
         index: of the space.
         plan_of: makes the plan of a subnet from its blocks.
+
+    Attributes:
+        part_plans: what plans do in a place, by number: the place, and the part of a plan for each set of parameters
+            that train there.
     """
 
     def __init__(self, index: OperatorIndex, plan_of: PlanOf) -> None:
@@ -53,6 +59,7 @@ class PlannedPlaces:
         self.plan_of = plan_of
         self._names = [index.parameter_names(place) for place in range(len(index.places))]
         self._columns: dict[tuple[int, frozenset[str]], int] = {}  # the number of each
+        self.part_plans: list[tuple[int, FineTunePlan]] = []
         self._values = np.zeros((1, len(index.operators) + 1))  # trained of every operator, a column each; last of none
         self._slots: dict[bytes, int] = {}  # by which places a subnet has
         self._numbers = np.zeros((1, len(index.places)), np.int64)  # of every place's column, a pattern each
@@ -70,9 +77,10 @@ class PlannedPlaces:
         _, first, member = np.unique(codes, return_index=True, return_inverse=True)
         slots = [self._slot(present[row], batch.rows[row]) for row in first]
         slot = np.array(slots, np.int64)[member.ravel()]
-        trained = self._values[self._numbers[slot], batch.operators]
+        parts = self._numbers[slot]
+        trained = self._values[parts, batch.operators]
         backward = present & (np.cumsum(trained, axis=1) > 0)
-        return PlannedBatch(trained, backward, self._recomputed[slot] & backward)
+        return PlannedBatch(trained, backward, self._recomputed[slot] & backward, parts)
 
     def _slot(self, present: np.ndarray, row: np.ndarray) -> int:
         """The number of the pattern of subnets with these places."""
@@ -101,7 +109,21 @@ class PlannedPlaces:
             if number == len(self._values):
                 self._values = _doubled(self._values)
             self._values[number] = column
+            self.part_plans.append((place, _within(plan, own)))
         return self._columns[place, own]
+
+
+def _within(plan: FineTunePlan, names: frozenset[str]) -> FineTunePlan:
+    """The plan for parameters of these names alone, without segments."""
+    low_rank = tuple(name for name in plan.low_rank if name in names)
+    return replace(
+        plan,
+        trainable=tuple(name for name in plan.trainable if name in names),
+        recompute=(),
+        fractions=tuple(item for item in plan.fractions if item[0] in names),
+        low_rank=low_rank,
+        rank=plan.rank if low_rank else 0,
+    )
 
 
 def _doubled(array: np.ndarray) -> np.ndarray:
@@ -240,23 +262,3 @@ class RoundCosts:
             (macs * (1 + again)) @ each,
         )
         return RoundFeatures(*(column.astype(np.float64) for column in columns))
-
-
-@final
-class TrainingMemory(SubnetCostModel):
-    """Peak bytes of training under a plan, above the engine's floor.
-
-    Args:
-        plans: the plan of every subnet.
-        work: what the device does in a round.
-        micro_batch: examples that go through the network at a time; 0 for the whole batch.
-    """
-
-    setting, unit = "training_memory_mb", "MB"
-
-    def __init__(self, plans: PlannedPlaces, work: LocalWork, micro_batch: int = 0) -> None:
-        super().__init__(plans.index)
-        self._costs, self._factors = RoundCosts(plans), memory_factors(work, micro_batch)
-
-    def predict(self, batch: SubnetBatch) -> np.ndarray:
-        return self._costs.features(batch).matrix() @ self._factors / MEGABYTE

@@ -72,7 +72,7 @@ class TrainingMemory:
     @property
     def engine_bytes(self) -> int:
         """What no tensor shows: kernels, and the rest of the process."""
-        return _PROCESS_BYTES + self.num_kernels * _KERNEL_BYTES + self.resizes * _RESIZING_BYTES
+        return PROCESS_BYTES + self.num_kernels * KERNEL_BYTES + self.resizes * RESIZING_BYTES
 
     @property
     def total_bytes(self) -> int:
@@ -80,12 +80,12 @@ class TrainingMemory:
         return self.weight_bytes + self.input_bytes + self.step_bytes + self.engine_bytes
 
 
-_KERNEL_BYTES = 1 << 16
+KERNEL_BYTES = 1 << 16
 """For every shape of a convolution oneDNN makes machine code and a description, 30 KB on average; small blocks that are
 allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
-_PROCESS_BYTES = 9 << 19
+PROCESS_BYTES = 9 << 19
 """The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
-_RESIZING_BYTES = 3 << 20
+RESIZING_BYTES = 3 << 20
 """What a process's first lite residual branch brings into memory, of which `warm_up` has none."""
 
 
@@ -155,12 +155,12 @@ def training_memory(
         weight_bytes=2 * sum(resident_bytes(tensor.nbytes) for tensor in state.values()),
         input_bytes=resident_bytes(example * num_examples) + unseen,
         step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
-        num_kernels=len(live.kernels) * len(set(_part_sizes(plan, training, num_examples))),
+        num_kernels=len(live.kernels) * len(set(part_sizes(plan, training, num_examples))),
         resizes=live.resizes,
     )
 
 
-def _part_sizes(plan: FineTunePlan, training: LocalTraining, num_examples: int) -> Iterator[int]:
+def part_sizes(plan: FineTunePlan, training: LocalTraining, num_examples: int) -> Iterator[int]:
     """How many examples go through the network at a time."""
     bounds = list(batch_bounds(num_examples, training.batch_size))
     for start, end in bounds[: training.max_steps or len(bounds)]:

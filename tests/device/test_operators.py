@@ -12,7 +12,7 @@ from fedofa.device.cost import AnalyticCostModel, LocalWork
 from fedofa.device.layers import layers_of
 from fedofa.device.models import BytesDown, Macs, Parameters
 from fedofa.device.operators import OperatorIndex, SubnetBatch, operator_of
-from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
+from fedofa.device.training import BytesUp, PlannedPlaces, RoundCosts, memory_factors
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.sparse import BlockContribution, Contributions, WeightContribution
 from fedofa.supernet.costs import place_parts
@@ -107,11 +107,12 @@ def test_training_costs_are_those_of_the_round_model(family, plan, recompute):
     plans = PlannedPlaces(index, plan_of)
     subnets = drawn(family, 25)
     batch = index.batch(subnets)
-    memory, up = TrainingMemory(plans, work).predict(batch), BytesUp(plans, wire_bytes=2).predict(batch)
-    for subnet, megabytes, num_bytes in zip(subnets, memory, up, strict=True):
+    memory = RoundCosts(plans).features(batch).matrix() @ memory_factors(work)
+    up = BytesUp(plans, wire_bytes=2).predict(batch)
+    for subnet, memory_bytes, num_bytes in zip(subnets, memory, up, strict=True):
         blocks = supernet.block_costs(subnet)
         cost = AnalyticCostModel().cost(blocks, plan_of(blocks), PROFILE, work)
-        assert round(megabytes * 1e6) == cost.training_bytes
+        assert memory_bytes == cost.training_bytes
         assert num_bytes == cost.upload_bytes
 
 

@@ -12,7 +12,7 @@ from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.models import Macs
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.tables import LatencyTable
-from fedofa.device.training import BytesUp, PlannedPlaces, RoundCosts, TrainingMemory, round_factors
+from fedofa.device.training import BytesUp, PlannedPlaces, RoundCosts, memory_factors, round_factors
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import DenseLayer, NetworkPredictor, ZeroCostProxy
 from fedofa.search.archive import Archive, build_archive
@@ -121,8 +121,8 @@ def test_features_times_factors_are_what_the_cost_model_counts(name, plan, recom
 
 
 def test_micro_batches_lessen_the_training_memory_that_is_searched_for():
-    plans = PLAIN.costs.plans
-    whole, micro = TrainingMemory(plans, WORK).predict(ENDS), TrainingMemory(plans, WORK, micro_batch=1).predict(ENDS)
+    features = PLAIN.costs.features(ENDS).matrix()
+    whole, micro = features @ memory_factors(WORK), features @ memory_factors(WORK, micro_batch=1)
     assert (micro < whole).all()
 
 

@@ -12,7 +12,8 @@ from fedofa.device.latency import Latency, roofline_table
 from fedofa.device.memory import InferenceMemory
 from fedofa.device.models import Macs, Parameters, SubnetCostModel
 from fedofa.device.operators import OperatorIndex, SubnetBatch
-from fedofa.device.training import BytesUp, PlannedPlaces, TrainingMemory
+from fedofa.device.training import BytesUp, PlannedPlaces
+from fedofa.finetune.planned_memory import PlannedTrainingMemory
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import DenseLayer, NetworkPredictor, ZeroCostProxy
 from fedofa.search.limits import Limit, Limits
@@ -60,7 +61,7 @@ def models():
             Latency(INDEX, roofline_table(INDEX, **MADE_UP)),
             Macs(INDEX),
             Parameters(INDEX),
-            TrainingMemory(plans, LocalWork(20, 20, 4)),
+            PlannedTrainingMemory(plans, LocalWork(20, 20, 4)),
             BytesUp(plans),
         )
     }

@@ -12,6 +12,9 @@ from fedofa.device.latency import roofline_table
 from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, describe_machine
+from fedofa.finetune.memory import training_memory
+from fedofa.finetune.plans import build_plan
+from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.limits import Limit
 from fedofa.supernet.families import build_supernet
 from fedofa.types.device import DeviceProfile
@@ -66,6 +69,25 @@ def test_the_pareto_set_is_printed(board, capsys):
     assert all(item.costs["latency_ms"].value <= 20 for item in found)
 
 
+@pytest.mark.parametrize("plan", ["full", "bias"])
+def test_training_memory_is_limited_under_a_lean_plan(board, index, plan):
+    limit = 9 if plan == "full" else 7.5
+    levers = ["lean=true", "micro_batch=1", f"plan={plan}", "num_examples=40", "batch_size=8"]
+    conf = compose_search_conf([*FAST, f"device={board}", *levers, f"training_memory_mb={limit}"])
+    (found,) = run_search(conf).found
+    assert found.costs["training_memory_mb"].value <= limit
+    supernet = build_supernet({**conf.supernet, "in_channels": 1, "num_classes": 10})
+    side, blocks = supernet.resolution(found.subnet), supernet.block_costs(found.subnet)
+    figure = training_memory(
+        supernet.structure(found.subnet),
+        build_plan(plan, blocks, lean=True, micro_batch=1),
+        LocalTraining(batch_size=8),
+        40,
+        (1, side, side),
+    )
+    assert 0.75 * limit < figure.total_bytes / 1e6 <= limit
+
+
 def test_an_impossible_budget_is_one_clear_error(board, capsys):
     assert cli.main(["search", *FAST, f"device={board}", "latency_ms=0.5"]) == 1
     error = capsys.readouterr().err
@@ -109,6 +131,9 @@ def test_a_battery_tightens_energy(board, index):
         (["plan=everything"], "unknown plan 'everything'"),
         (["chip.dram=-1"], "chip 'eyeriss', dram"),
         (["batch_size=0"], "batch_size: expected at least 1"),
+        (["micro_batch=-1"], "micro_batch: expected at least 0, found -1"),
+        (["statistics=moving"], "finetune.statistics: expected 'batch' or 'frozen', found 'moving'"),
+        (["optimiser_slots=-1"], "optimiser_slots: expected at least 0"),
         (["population=2"], "population: expected at least 8"),
     ],
 )
