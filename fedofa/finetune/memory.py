@@ -33,7 +33,6 @@ from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
 from fedofa.types.plan import FineTunePlan
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-"""What glibc spends on a small aligned block: its header and the alignment to 64 bytes."""
 
 
 def tune_allocator() -> bool:
@@ -83,8 +82,9 @@ class TrainingMemory:
 KERNEL_BYTES = 1 << 16
 """For every shape of a convolution oneDNN makes machine code and a description, 30 KB on average; small blocks that are
 allocated in between keep glibc's heap from shrinking, so that about as much again stays free in it."""
-PROCESS_BYTES = 9 << 19
-"""The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first."""
+PROCESS_BYTES = (9 << 19) + (1 << 18)
+"""The interpreter's objects for the model and for autograd's graph, free blocks in the heap, code that runs first; and
+the 64 pages by which the kernel's count of a process's memory may lag."""
 RESIZING_BYTES = 3 << 20
 """What a process's first lite residual branch brings into memory, of which `warm_up` has none."""
 
