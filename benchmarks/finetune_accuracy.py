@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -84,7 +85,7 @@ class Study:
 
     def run(self, row: Row, rate: float) -> dict[str, Any]:
         """The summary of the row's federation, run unless it is there."""
-        folder = self.folder / f"{row.name.replace(' ', '_')}-{rate:g}"
+        folder = self.folder / re.sub("[^a-z0-9.]+", "_", f"{row.name} {rate:g}")
         if not (folder / "summary.json").exists():
             command = [sys.executable, "-m", "server", "simulate", *self.settings(folder, rate), *row.overrides()]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
