@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from finetune_memory import measure_training, save_largest
 
-from fedofa.finetune.memory import tune_allocator
+from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.plans import build_plan, needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.report import style

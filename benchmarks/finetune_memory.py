@@ -32,9 +32,9 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of
-from fedofa.finetune.memory import tune_allocator
 from fedofa.finetune.plans import build_plan, choose_segments, needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.recipe import LocalTraining

@@ -21,10 +21,13 @@ the cheapest.
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded, as every command of fedofa sets it
 
 import numpy as np
 from assignment import made_up_fleet, timed

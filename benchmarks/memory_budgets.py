@@ -26,9 +26,10 @@ import torch
 from matplotlib.figure import Figure
 from rich.progress import Progress
 
+from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
 from fedofa.finetune.inputs import prepare_inputs
-from fedofa.finetune.memory import tune_allocator, warm_up
+from fedofa.finetune.memory import warm_up
 from fedofa.finetune.plans import needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.sparse import Contributions

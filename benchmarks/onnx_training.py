@@ -133,8 +133,8 @@ def run_torch(folder: str, width: float, side: int) -> dict[str, float]:
 
     import torch
 
+    from fedofa.device.allocator import tune_allocator
     from fedofa.finetune.inputs import prepare_inputs
-    from fedofa.finetune.memory import tune_allocator
     from fedofa.finetune.trainer import fine_tune
     from fedofa.types.plan import FineTunePlan
 

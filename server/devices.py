@@ -239,10 +239,10 @@ def _rate(size: int, seconds: float | None, empty: Sequence[float | None], state
     Where a message takes so much longer than empty ones that polling and their own spread do not explain it, the rate
     is measured. Otherwise the link is at least as fast as the whole message was, polling included.
     """
-    known = [item for item in (seconds, *empty) if item is not None]
-    if seconds is None or len(known) <= len(empty):
+    known = [item for item in empty if item is not None]
+    if seconds is None or len(known) < len(empty):
         return None
-    least, most = min(known[1:]), max(known[1:])
+    least, most = min(known), max(known)
     if seconds - most > max(_POLLING_SECONDS, most - least):
         return size / (seconds - least)
     at_least = size / seconds

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedofa.finetune.memory import tune_allocator
+from fedofa.device.allocator import tune_allocator
 from fedofa.supernet.elastic import ElasticSupernet
 from fedofa.supernet.families import build_supernet
 from fedofa.supernet.layers import Network

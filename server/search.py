@@ -71,13 +71,10 @@ def run_search(conf: SearchConf) -> SearchResult:
     predictor: AccuracyPredictor = ZeroCostProxy(index)
     if conf.predictor:
         predictor = load_predictor(Path(conf.predictor), index.encoding.space)
-    memory = models["training_memory_mb"]
-    if conf.training_memory_mb is None:
-        del models["training_memory_mb"]  # which takes seconds to price even a few subnets
-    elif isinstance(memory, PlannedTrainingMemory):
-        memory.warm_up()  # no part of the search's time
     search = DeviceSearch(index, predictor, list(models.values()), conf.population, conf.generations)
-    _load_pymoo()  # no part of the search's time
+    for model in models.values():
+        model.warm_up()
+    _load_pymoo()
     start, cpu_start = time.perf_counter(), time.process_time()
     found = search.pareto(limits, conf.seed) if conf.pareto else [search.best(limits, conf.seed)]
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -97,7 +94,9 @@ def _load_pymoo() -> None:
 
 
 def build_models(conf: SearchConf, index: OperatorIndex) -> dict[str, SubnetCostModel]:
-    """Every cost model by the setting that limits it, latency first.
+    """Every cost model by the setting that limits it, latency first; that of training memory only under its limit.
+
+    Pricing even a few subnets by the latter takes seconds.
 
     Raises:
         FedofaError: naming the setting that is out of range, or the file that is damaged or of another space.
@@ -113,7 +112,7 @@ def build_models(conf: SearchConf, index: OperatorIndex) -> dict[str, SubnetCost
     models: tuple[SubnetCostModel, ...] = (
         Latency(index, _load_table(conf, index)),
         InferenceMemory(index),
-        PlannedTrainingMemory(plans, work),
+        *([] if conf.training_memory_mb is None else [PlannedTrainingMemory(plans, work)]),
         WorkingSet(index, chip.activation_bits),
         Energy(index, chip),
         BytesUp(plans, conf.wire_bytes),

@@ -51,6 +51,10 @@ class SubnetCostModel(ABC):
     def predict(self, batch: SubnetBatch) -> np.ndarray:
         """The cost of every subnet, float64 `(num_subnets,)`."""
 
+    def warm_up(self) -> None:
+        """Do what takes time once, so that no search waits for it; most models have nothing of the kind."""
+        return
+
     @final
     def predict_one(self, subnet: SubnetConfig) -> Quantity:
         """The cost of one subnet.

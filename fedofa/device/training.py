@@ -6,7 +6,7 @@ The figures are those of `cost.AnalyticCostModel`, computed place by place inste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import final
 
 import numpy as np
@@ -109,21 +109,8 @@ class PlannedPlaces:
             if number == len(self._values):
                 self._values = _doubled(self._values)
             self._values[number] = column
-            self.part_plans.append((place, _within(plan, own)))
+            self.part_plans.append((place, plan.part({name: name for name in own})))
         return self._columns[place, own]
-
-
-def _within(plan: FineTunePlan, names: frozenset[str]) -> FineTunePlan:
-    """The plan for parameters of these names alone, without segments."""
-    low_rank = tuple(name for name in plan.low_rank if name in names)
-    return replace(
-        plan,
-        trainable=tuple(name for name in plan.trainable if name in names),
-        recompute=(),
-        fractions=tuple(item for item in plan.fractions if item[0] in names),
-        low_rank=low_rank,
-        rank=plan.rank if low_rank else 0,
-    )
 
 
 def _doubled(array: np.ndarray) -> np.ndarray:

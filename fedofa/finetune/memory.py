@@ -1,15 +1,14 @@
 """How much memory training a subnet under a plan takes: two steps are run here and every tensor's life is followed.
 
 What it predicts is the growth of a process's resident memory beyond its floor (the interpreter and torch with its
-kernels loaded), with `tune_allocator`: large tensors then go back to the operating system when they are freed.
+kernels loaded), with `device.allocator.tune_allocator`: large tensors then go back to the operating system when they
+are freed.
 """
 
 from __future__ import annotations
 
 import copy
-import ctypes
 import math
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fedofa.device.allocator import OWN_MAPPING_BYTES, resident_bytes
+from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.features import feature_bytes
 from fedofa.finetune.plans import build_plan
@@ -31,22 +30,6 @@ from fedofa.supernet.mbconv import StageSpec
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
 from fedofa.types.plan import FineTunePlan
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
-
-
-def tune_allocator() -> bool:
-    """Have glibc give every freed tensor of 64 KB or more back at once, in this process; False where it is not glibc.
-
-    Its own threshold grows to 32 MB with the tensors that it sees, after which up to a quarter more memory stays
-    resident. The environment variable MALLOC_MMAP_THRESHOLD_=65536 does the same from the start of a process.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, OWN_MAPPING_BYTES))
 
 
 @dataclass(frozen=True, slots=True)

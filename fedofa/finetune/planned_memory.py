@@ -149,10 +149,8 @@ class PlannedTrainingMemory(SubnetCostModel):
         traces = np.zeros_like(batch.operators)
         given = np.full(len(batch), INNERMOST)
         for place in range(traces.shape[1]):
-            expected = (
-                (given != PLAIN) | ~planned.backward[:, place] | ~outer[:, place]
-            )  # gradients mostly lie as maps do
-            flags[:, place] += _GIVEN * given + _INNERMOST * expected
+            innermost = (given != PLAIN) | ~planned.backward[:, place] | ~outer[:, place]  # mostly as maps lie
+            flags[:, place] += _GIVEN * given + _INNERMOST * innermost
             traces[:, place] = self._numbers_at(place, batch, planned, flags)
             given = np.where(batch.present[:, place], self._table.gives[traces[:, place]], given)
         innermost = np.ones(len(batch), bool)
@@ -238,18 +236,8 @@ def _renamed(plan: FineTunePlan, place: str, operator: Operator, *, recomputed: 
     """A place's part of a plan for the operator alone, whose parameters have names of their own."""
     own = parameter_names(operator)
     names = {name: BLOCK + name[len(place) :] for name in plan.changes}
-    trainable, low_rank = (
-        tuple(names[name] for name in group if names[name] in own) for group in (plan.trainable, plan.low_rank)
-    )
-    fractions = tuple((names[name], part) for name, part in plan.fractions if names[name] in own)
-    return replace(
-        plan,
-        trainable=trainable,
-        low_rank=low_rank,
-        rank=plan.rank if low_rank else 0,
-        fractions=fractions,
-        recompute=((BLOCK,),) if recomputed else (),
-    )
+    part = plan.part({name: other for name, other in names.items() if other in own})
+    return replace(part, recompute=((BLOCK,),)) if recomputed else part
 
 
 def _tabulated(traces: list[OperatorTrace]) -> _Table:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fedofa.types.errors import ConfigError
@@ -117,6 +117,22 @@ class FineTunePlan:
         if name in self.low_rank:
             return sum(map(math.prod, self.factor_shapes(shape)))
         return math.prod(self.part_shape(name, shape))
+
+    def part(self, names: Mapping[str, str]) -> FineTunePlan:
+        """What the plan does to some parameters, without segments of recomputation.
+
+        Args:
+            names: of the parameters, each with its name in the part.
+        """
+        low_rank = tuple(names[name] for name in self.low_rank if name in names)
+        return replace(
+            self,
+            trainable=tuple(names[name] for name in self.trainable if name in names),
+            recompute=(),
+            fractions=tuple((names[name], fraction) for name, fraction in self.fractions if name in names),
+            low_rank=low_rank,
+            rank=self.rank if low_rank else 0,
+        )
 
     @property
     def levers(self) -> frozenset[str]:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedofa.finetune.memory import tune_allocator, warm_up
+from fedofa.device.allocator import tune_allocator
+from fedofa.finetune.memory import warm_up
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.supernet.base import fill_skeleton
 from fedofa.supernet.families import build_supernet
