@@ -1,13 +1,16 @@
 """What each trainable set reaches and takes: `python benchmarks/finetune_accuracy.py`, EfficientNet-Lite0 on CIFAR-10.
 
-Every row is a federation of 20 clients (Dirichlet 0.5) that fine-tune the whole network at 96 px from its ImageNet
-features, the same rounds, steps and batches for all; statistics of batch norm are frozen, calibrated by the server. The
-learning rate is the best of `--rates` for each row by the accuracy on the global test set, which flatters every row
-alike. Memory and time are those of two steps of 16 images in a process of their own (see `finetune_memory`), above the
-process just before them; rows that begin with "stock" run plain torch and glibc's allocator as it is.
+Every row is a federation of 20 clients (Dirichlet 0.5) that fine-tune the largest network at 96 px, the same rounds,
+steps and batches for all, averaged plainly; statistics of batch norm stay ImageNet's. All begin with the classifier
+that a first federation trained alone on ImageNet's features. The learning rate is the best of `--rates` for each row
+by the accuracy on the global test set, which flatters every row alike. Memory and time are those of two steps of 16
+images in a process of their own (see `finetune_memory`), above the process just before them; rows that begin with
+"stock" run plain torch and glibc's allocator as it is.
 
-Runs that are there already are not run again. The last line is machine-readable: how far the best lean row within a
-1/25 of stock's memory is from the best stock row, in points.
+Levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations train
+without micro-batches, and rows of one trainable set share them. Those that are there already are not run again. The
+last line is machine-readable: how far the best lean row within a 1/25 of stock's memory is from the best stock row,
+in points.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ from server.checkpoint import replace_file
 from server.outputs import versions
 
 _RESOLUTION = 96
-_STOCK = "stock"
+_STOCK, _STOCK_KINDS = "stock", ("full", "bias")
+_HEAD_ROUNDS, _HEAD_COHORT, _HEAD_RATE = 15, 5, 1e-3
+"""Of the federation that trains the classifier alone, with as many steps a client as the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +55,10 @@ class Row:
     micro_batch: int = 1
 
     def overrides(self) -> list[str]:
-        """The settings that differ from row to row."""
-        lean = str(self.lean).lower()
-        own = [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"finetune.micro_batch={self.micro_batch}"]
-        return [*own, "supernet.lite_residual=true"] if self.kind == "lite_residual" else own
+        """The settings of its federations that differ from row to row."""
+        lean = str(self.kind not in _STOCK_KINDS).lower()
+        lite = str(self.kind == "lite_residual").lower()
+        return [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"supernet.lite_residual={lite}"]
 
 
 ROWS = (
@@ -81,29 +86,44 @@ class Study:
     test_examples: int
     rates: Sequence[float]
     seed: int
+    workers: int
     data_path: Path
 
     def run(self, row: Row, rate: float) -> dict[str, Any]:
         """The summary of the row's federation, run unless it is there."""
-        folder = self.folder / re.sub("[^a-z0-9.]+", "_", f"{row.name} {rate:g}")
+        folder = self.folder / re.sub("[^a-z0-9.]+", "_", f"{row.kind} {rate:g}")
+        begins = [f"supernet_weights={self.start()}", f"finetune.learning_rate={rate}"]
+        return self.federation(folder, self.rounds, self.cohort, [*row.overrides(), *begins])
+
+    def start(self) -> Path:
+        """The folder of the federation that trained the classifier."""
+        folder = self.folder / "start"
+        own = [*Row("head", "head").overrides(), f"finetune.learning_rate={_HEAD_RATE}"]
+        self.federation(folder, _HEAD_ROUNDS, _HEAD_COHORT, own)
+        return folder
+
+    def federation(self, folder: Path, rounds: int, cohort: int, own: Sequence[str]) -> dict[str, Any]:
+        """A federation's summary; it is run, or resumed, unless it is there."""
         if not (folder / "summary.json").exists():
-            command = [sys.executable, "-m", "server", "simulate", *self.settings(folder, rate), *row.overrides()]
+            shared = [f"rounds={rounds}", f"evaluation.every={rounds}", f"fleet.clients_per_round={cohort}"]
+            begun = str((folder / "checkpoints").exists()).lower()
+            where = [f"output_dir={folder}", f"resume={begun}"]
+            command = [sys.executable, "-m", "server", "simulate", *self.settings(), *shared, *where, *own]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads((folder / "summary.json").read_text())
 
-    def settings(self, folder: Path, rate: float) -> list[str]:
-        """The overrides of a row's federation that are not the row's own."""
+    def settings(self) -> list[str]:
+        """The overrides that all federations share."""
         return [
             "supernet=efficientnet_lite0", f"supernet.resolutions=[{_RESOLUTION}]", "supernet.dropout=0",
             "data=cifar10", f"data.path={self.data_path}", f"data.test_examples={self.test_examples}",
             "supernet.kernels=[5]", "supernet.fractions=[1]", "supernet.min_depth=4",  # the largest subnet alone
-            "data.calibration_examples=200", "partition.alpha=0.5",
-            "fleet=unlimited", "fleet.num_clients=20", f"fleet.clients_per_round={self.cohort}",
+            "partition.alpha=0.5", "fleet=unlimited", "fleet.num_clients=20", "aggregation=plain",
+            "evaluation.calibration=none", "data.calibration_examples=200",  # for what layers contribute
             "finetune.statistics=frozen", "finetune.recompute=never", "finetune.max_shift=0",
-            "finetune.batch_size=16", f"finetune.max_steps={self.steps}", f"finetune.learning_rate={rate}",
-            "evaluation.comparison=false", "evaluation.clients=false", f"evaluation.every={self.rounds}",
-            f"rounds={self.rounds}", f"seed={self.seed}", f"output_dir={folder}",
-            f"resume={str((folder / 'checkpoints').exists()).lower()}",
+            "finetune.batch_size=16", f"finetune.max_steps={self.steps}",
+            "evaluation.comparison=false", "evaluation.clients=false", f"seed={self.seed}",
+            f"runtime.num_workers={self.workers}",
         ]  # fmt: skip
 
     def best(self, row: Row) -> dict[str, Any]:
@@ -201,12 +221,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/finetune_accuracy"))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--cohort", type=int, default=2, help="clients a round, of 20")
+    parser.add_argument("--cohort", type=int, default=4, help="clients a round, of 20")
     parser.add_argument("--steps", type=int, default=10, help="of 16 images, a client and round")
     parser.add_argument("--test-examples", type=int, default=2000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.005, 0.02])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that train clients; 0: one a core")
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     parser.add_argument("--measure", choices=[row.name for row in ROWS], help="measure one row in this process")
     parser.add_argument("--plan", help="of that row, as JSON")
@@ -217,7 +238,10 @@ def main() -> None:
         print(json.dumps(measure(named[given.measure], FineTunePlan.from_json(json.loads(given.plan)), given.weights)))
         return
     paths = {"folder": given.folder.resolve(), "data_path": given.data_path.resolve()}
-    settings = {name: getattr(given, name) for name in ("rounds", "cohort", "steps", "test_examples", "rates", "seed")}
+    settings = {
+        name: getattr(given, name)
+        for name in ("rounds", "cohort", "steps", "test_examples", "rates", "seed", "workers")
+    }
     study = Study(**paths, **settings)
     rows = [study.best(named[name]) for name in given.rows]
     replace_file(study.folder / "result.json", json.dumps(rows, indent=1).encode())

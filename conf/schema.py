@@ -282,7 +282,7 @@ class EvaluationConf:
 
     every: int = MISSING  # rounds between evaluations; the last round is always evaluated
     clients: bool = MISSING  # score every client's own test split at the end, on the client
-    calibration: str = MISSING  # whose images give batch-norm statistics: "server" | "clients"
+    calibration: str = MISSING  # whose images give batch-norm statistics: "server" | "clients" | "none"
     pairs_per_round: int = MISSING  # random subnets that the cohort scores on its own test splits; for a predictor
     comparison: bool = MISSING  # run FedAvg on the one subnet that the weakest device can train, beside it
 

@@ -51,7 +51,7 @@ from server.weights import start_from as start_from_weights
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
 _DECAYS = ("none", "cosine")
 _OPTIMISERS = ("plain", "momentum", "adam", "yogi")
-_CALIBRATIONS = ("server", "clients")
+_CALIBRATIONS = ("server", "clients", "none")
 _IN_STORE = 2
 """Messages that wait for a free worker of this machine, so that none is idle while a reply is folded."""
 _MAY_CHANGE = ("rounds", "resume", "resume_round", "output_dir", "runtime", "evaluation", "tracking")
@@ -148,8 +148,9 @@ def build_parts(conf: SimulateConf) -> Parts:
         say(start_from_weights(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
     own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
     normalisation = supernet.normalisation or own
-    by_clients = conf.evaluation.calibration == "clients"
-    scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by_clients=by_clients)
+    if conf.evaluation.calibration == "none":
+        _check_kept_statistics(conf, supernet)
+    scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by=conf.evaluation.calibration)
     sparse = needs_contributions(conf.finetune.plans)
     plans = _plans(conf.finetune, contributions=scorer.contributions(supernet.state()) if sparse else None)
     smallest = supernet.block_costs(supernet.space.smallest())
@@ -164,6 +165,20 @@ def build_parts(conf: SimulateConf) -> Parts:
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
     return parts
+
+
+def _check_kept_statistics(conf: SimulateConf, supernet: Supernet) -> None:
+    """Refuse to keep batch norms' statistics where they would not be the subnet's own."""
+    if supernet.space.count() > 1:
+        raise ConfigError(
+            "evaluation.calibration=none: statistics that the supernet came with are those of one network; expected a "
+            f"space of 1 subnet, found {supernet.space.count():,}. Take server or clients, or one value of every axis"
+        )
+    if conf.finetune.statistics != "frozen":
+        raise ConfigError(
+            "evaluation.calibration=none: statistics stay as they are only in training with "
+            f"finetune.statistics=frozen, found {conf.finetune.statistics!r}"
+        )
 
 
 def _assigner(conf: SimulateConf, supernet: Supernet, plans: Sequence[Sequence[PlanOf]]) -> FleetAssigner | None:

@@ -33,9 +33,10 @@ class Scorer:
     Args:
         supernet: for the structure.
         test: the global test set.
-        calibration: the server's calibration set; empty where no subnet has batch norm, or clients calibrate.
+        calibration: the server's calibration set; may be empty where no subnet has batch norm, or others calibrate.
         normalisation: per-channel "mean" and "std" of pixels in [0, 1].
-        by_clients: whether statistics come from clients (see `server.calibration`) and are given to every call.
+        by: whose images give batch norms' statistics. "server": those of `calibration`; "clients": theirs, as sums that
+            every call is given (see `server.calibration`); "none": statistics stay those that the supernet came with.
     """
 
     def __init__(
@@ -45,16 +46,16 @@ class Scorer:
         calibration: Examples,
         normalisation: Mapping[str, list[float]],
         *,
-        by_clients: bool = False,
+        by: str = "server",
     ) -> None:
         self.supernet = supernet
         self.test = test
         self.calibration = calibration
         self.normalisation = normalisation
         statistics = [item for item in supernet.slice_map(supernet.space.largest()) if item.role == "statistic"]
-        self.calibrates = bool(statistics)
-        self.by_clients = by_clients and self.calibrates
-        if self.calibrates and not by_clients and not len(calibration.labels):
+        self.calibrates = bool(statistics) and by != "none"
+        self.by_clients = self.calibrates and by == "clients"
+        if self.calibrates and not self.by_clients and not len(calibration.labels):
             raise ConfigError(
                 "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
                 "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples), here or on the "

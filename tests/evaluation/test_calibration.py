@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedofa.data.sources import load_source
-from fedofa.evaluation.calibration import apply_sums, calibrate, merge_sums, statistic_sums
+from fedofa.evaluation.calibration import apply_sums, calibrate, channel_sums, merge_sums, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
 from fedofa.shrinking.central import CentralShrinking, CentralTraining
@@ -42,6 +42,24 @@ def test_the_first_norms_statistics_are_those_of_all_data_at_once(sizes):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert (module.running_var > 0).all()
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    st.sampled_from([torch.float16, torch.float32, torch.float64]),
+    st.floats(-30, 30),
+)
+def test_sums_of_channels_are_those_in_float64(shape, dtype, offset):
+    x = (offset + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    exact = x.double().transpose(0, 1).flatten(1)
+    total, squares = channel_sums(x)
+    assert total.dtype == squares.dtype == torch.float64
+    assert ((total - exact.sum(1)).abs() <= 1e-6 * exact.abs().sum(1)).all()
+    torch.testing.assert_close(squares, exact.square().sum(1), rtol=1e-6, atol=0.0)
+    if len(shape) == 4:
+        turned = channel_sums(x.contiguous(memory_format=torch.channels_last))
+        assert ((turned[0] - exact.sum(1)).abs() <= 1e-6 * exact.abs().sum(1)).all()
+        torch.testing.assert_close(turned[1], exact.square().sum(1), rtol=1e-6, atol=0.0)
 
 
 def test_deeper_norms_see_inputs_normalised_by_the_batch():

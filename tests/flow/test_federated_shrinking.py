@@ -124,7 +124,10 @@ def test_attentive_needs_images_on_the_server_and_runs_with_them(simulate, overr
         (["shrinking.schedule=phases", "shrinking.phases=[{name: a, steps: 3, elastic: {kernel: [9]}}]"],
          "shrinking phase 'a', axis 'kernel': expected values out of [3, 5, 7], found [9]"),
         (["shrinking=sandwich", "shrinking.learning_rate=0.1"], "shrinking.learning_rate: unknown setting"),
-        (["evaluation.calibration=nobody"], "evaluation.calibration: expected one of ['server', 'clients']"),
+        (["evaluation.calibration=nobody"], "evaluation.calibration: expected one of ['server', 'clients', "),
+        (["evaluation.calibration=none", "supernet.norm=batch"], "evaluation.calibration=none: statistics that the "
+         "supernet came with are those of one network; expected a space of 1 subnet, found "),
+        (["evaluation.calibration=none", "supernet=fixed"], "finetune.statistics=frozen, found 'batch'"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_one_clear_line(overrides, tmp_path, capsys, settings, expected):

@@ -36,7 +36,7 @@ NORMALISATION = {"mean": [0.4], "std": [0.3]}
 IMAGES = np.random.default_rng(0).integers(0, 256, (41, 1, 20, 20)).astype(np.uint8)
 BOUNDS = {"client-b": (0, 9), "client-a": (9, 30), "client-c": (30, 41)}
 EMPTY = Examples(IMAGES[:0], np.zeros(0, np.int64))
-SCORER = Scorer(SUPERNET, Examples(IMAGES[:2], np.zeros(2, np.int64)), EMPTY, NORMALISATION, by_clients=True)
+SCORER = Scorer(SUPERNET, Examples(IMAGES[:2], np.zeros(2, np.int64)), EMPTY, NORMALISATION, by="clients")
 PLANS = [[lambda blocks: build_plan("full", blocks)]]
 SEARCH = FitSearch(SUPERNET.space, SUPERNET.block_costs, PLANS, AnalyticCostModel())
 PLANNER = Planner(SEARCH, LocalTraining(), 60.0, "float32")
