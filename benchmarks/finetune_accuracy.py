@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--cohort", type=int, default=4, help="clients a round, of 20")
     parser.add_argument("--steps", type=int, default=10, help="of 16 images, a client and round")
     parser.add_argument("--test-examples", type=int, default=2000)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], default=[row.name for row in ROWS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that train clients; 0: one a core")
