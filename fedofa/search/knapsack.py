@@ -91,7 +91,8 @@ class Knapsacks:
         """The values of options, `(..., num_groups, num_problems)`."""
         size = chosen.size
         positions = chosen * np.int64(size) + np.arange(size).reshape(chosen.shape)
-        return values.reshape(*values.shape[:-3], -1).take(positions, axis=-1)
+        flat = values.reshape(*values.shape[:-3], values.shape[-3] * size)
+        return flat.take(positions, axis=-1)
 
     def _weights(self, chosen: np.ndarray) -> np.ndarray:
         """How much each limit counts, from what options leave of it, `(num_limits, num_problems)`."""
@@ -152,6 +153,8 @@ class Knapsacks:
             `(num_choices,)` and `(num_groups, num_choices)`.
         """
         groups, problems = best.chosen.shape
+        if not best.chosen.size:
+            return np.zeros(0, np.int64), best.chosen[:, :0]
         own = self._at(self.gains, best.chosen)
         gains = (self.gains - np.where(np.isfinite(own), own, np.inf)).reshape(-1, problems)
         costs = (self.costs - self._at(self.costs, best.chosen)[:, None]) * self.additive[:, None, None]

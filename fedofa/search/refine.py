@@ -125,11 +125,9 @@ class Step:
         self._latency = pricing.tables.astype(np.float32)
 
     def priced(self, rows: np.ndarray, owners: np.ndarray) -> Beam:
-        """Subnets on a device each, of those within its limits."""
+        """Subnets with what they reach and cost, on a device each."""
         batch = SubnetBatch(self.options.index, rows)
-        excess = self.pricing.excess(batch, owners)
-        beam = Beam(rows, self.predictor.predict(batch), owners, excess)
-        return beam.take(np.nonzero(excess.max(axis=1) <= 0)[0])
+        return Beam(rows, self.predictor.predict(batch), owners, self.pricing.excess(batch, owners))
 
     def taken(self, beam: Beam) -> Beam:
         """What a step from every subnet finds within the limits."""
@@ -148,7 +146,8 @@ class Step:
         starts = np.concatenate([np.arange(len(beam)), filled, start[found]])
         form = np.concatenate([np.zeros(len(beam) + len(filled), np.int64), form[found]])
         chosen = np.concatenate([best.chosen, changed, other.chosen[:, found]], axis=1).T
-        return self.priced(options.rows(forms[starts, form], chosen), beam.owners[starts])
+        reached = self.priced(options.rows(forms[starts, form], chosen), beam.owners[starts])
+        return reached.take(np.nonzero(reached.excess.max(axis=1) <= 0)[0])
 
     def _gains(self, beam: Beam, forms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What options and forms add, `(num_options, num_groups, num_subnets)` and `(num_subnets, num_forms)`."""
@@ -199,7 +198,7 @@ class Step:
         factors = (weights[:, None] @ self._factors[owners])[start]
         costs = (factors @ self._tables.added[flat])[:, 0]
         costs += self._times(flat, owners[start]) * weights[start, self.pricing.timed, None]
-        costs = np.ascontiguousarray(costs.T).reshape(*gains.shape[:2], -1)
+        costs = np.ascontiguousarray(costs.T).reshape(*gains.shape[:2], len(flat))
         room = -(self._base(flat, owners[start]) * weights[start]).sum(axis=1)
         gains = np.where(self._tables.present[flat].T, gains[:, :, start], 0)
         bound = highest(gains, costs, own.price[start]) + own.price[start] * room

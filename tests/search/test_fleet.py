@@ -197,6 +197,32 @@ def test_going_on_from_several_forms_reaches_better_subnets_than_from_the_best_o
     assert wide.mean() > narrow.mean()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resolutions": (160,), "kernels": (3,), "expands": (4,)},
+        {"resolutions": (160,), "depths": (2,)},
+        {"resolutions": (160, 192), "depths": (2,), "kernels": (3,), "expands": (4,)},
+    ],
+)
+def test_spaces_with_few_axes_are_refined_to_their_best_subnet(changes):
+    index = OperatorIndex.of(build_elastic(MobileNetV3Spec(**changes)))
+    predictor, rows = ZeroCostProxy(index), index.encoding.rows([index.encoding.space.smallest()])
+    every = SubnetBatch(index, index.encoding.sample(np.random.default_rng(0), 2000))
+    most = float(np.quantile(Macs(index).predict(every), 0.7))
+    pricing = Pricing(
+        features=lambda batch: Macs(index).predict(batch)[:, None],
+        factors=np.full((1, 1, 1), 1 / most),
+        offsets=np.full((1, 1), -1.0),
+        tables=np.zeros((1, len(index.operators) + 1)),
+        timed=0,
+    )
+    found, accuracies = refine(index, predictor, rows, np.zeros(1, np.int64), pricing, (5, 5, 5, 5, 1, 1))
+    within = Macs(index).predict(every) <= most
+    assert Macs(index).predict(SubnetBatch(index, found))[0] <= most
+    assert accuracies[0] >= predictor.predict(every)[within].max() - 1e-6
+
+
 def test_a_beam_keeps_the_best_of_each_form_and_of_each_device_only_so_many():
     rows = np.array([[0, 1], [0, 2], [1, 1], [2, 0], [0, 0]], np.int16)
     beam = Beam(rows, np.array([1.0, 3.0, 2.0, 0.5, 9.0]), np.array([0, 0, 0, 0, 1]), np.zeros((5, 1)))

@@ -112,3 +112,14 @@ def test_options_that_a_group_has_not_are_never_chosen():
     assert (best.chosen[1] < 2).all()
     assert (changed[1] < 2).all()
     assert np.isfinite(best.gain).all()
+
+
+def test_problems_without_groups_or_none_at_all_have_no_choice_to_make():
+    for groups, number in ((0, PROBLEMS), (GROUPS, 0)):
+        gains, costs = np.zeros((OPTIONS, groups, number)), np.zeros((LIMITS, OPTIONS, groups, number))
+        items = Knapsacks(gains, costs, np.ones((LIMITS, number)), np.ones((LIMITS, number)))
+        chosen = np.zeros((groups, number), np.int64)
+        best = items.relaxed(chosen, items.typical_price(chosen), ROUNDS)
+        problem, changed = items.filled(best, among=10, number=4)
+        assert best.gain.tolist() == [0.0] * number
+        assert len(problem) == 0 and changed.shape == (groups, 0)
