@@ -29,6 +29,29 @@ class AccuracyPredictor(ABC):
     def predict(self, batch: SubnetBatch) -> np.ndarray:
         """A value for every subnet, `(num_subnets,)`; higher is better. Accuracies, but for the proxy."""
 
+    def slopes(self, batch: SubnetBatch) -> np.ndarray:
+        """What one-hot features add near every subnet to first order, float32 `(num_subnets, num_features)`.
+
+        Those of a column that a subnet has are told from changing it alone, the others from adding it first.
+        """
+        encoding = batch.index.encoding
+        column = np.searchsorted(encoding.feature_starts, np.arange(encoding.num_features), side="right") - 1
+        value = np.arange(encoding.num_features) - encoding.feature_starts[column]
+        changed = np.repeat(np.maximum(batch.rows, 0)[:, None], encoding.num_features, axis=1)
+        changed[:, np.arange(len(column)), column] = np.minimum(value, encoding.choices[column] - 1)
+        reference = np.repeat(self.predict(batch)[:, None], encoding.num_features, axis=1)
+        controls = [encoding.control_of(own) for own in column]
+        for feature, control in enumerate(controls):
+            if control is not None:
+                changed[:, feature, control[0]] = np.maximum(changed[:, feature, control[0]], control[1])
+        rows = encoding.normalised(changed.reshape(-1, encoding.num_columns))
+        reached = self.predict(SubnetBatch(batch.index, rows)).reshape(reference.shape)
+        for feature, control in enumerate(controls):
+            if control is not None:
+                adding = reached[:, encoding.feature_starts[control[0]] + control[1]]
+                reference[:, feature] = np.where(batch.rows[:, column[feature]] < 0, adding, reference[:, feature])
+        return (reached - reference).astype(np.float32)
+
 
 @final
 class ZeroCostProxy(AccuracyPredictor):
@@ -77,6 +100,18 @@ class NetworkPredictor(AccuracyPredictor):
             if number < len(self.layers) - 1:
                 np.maximum(x, 0, out=x)
         return x[:, 0].astype(np.float64) + self.offset
+
+    def slopes(self, batch: SubnetBatch) -> np.ndarray:
+        x, passed = batch.index.encoding.one_hot(batch.rows), list[np.ndarray]()
+        for layer in self.layers[:-1]:
+            x = x @ layer.weight.T
+            x += layer.bias
+            passed.append(x > 0)
+            np.maximum(x, 0, out=x)
+        slopes = np.repeat(self.layers[-1].weight, len(batch), axis=0)
+        for layer, passes in zip(self.layers[-2::-1], passed[::-1], strict=True):
+            slopes = (slopes * passes) @ layer.weight
+        return slopes
 
 
 def describe_space(space: SearchSpace) -> list[Any]:

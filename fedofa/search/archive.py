@@ -15,6 +15,7 @@ import numpy as np
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.search.accuracy import AccuracyPredictor
 from fedofa.search.fit import uniform_subnets
+from fedofa.search.pricing import Pricing
 from fedofa.search.refine import refine
 from fedofa.types.errors import ConfigError
 
@@ -100,11 +101,14 @@ def build_archive(
     accuracies = predictor.predict(batch)
     first = np.where(costs <= limits, accuracies[:, None], -np.inf).argmax(axis=0)
 
-    def excess(near: SubnetBatch, subnets: np.ndarray, owners: np.ndarray) -> np.ndarray:
-        costs = tables[owners[:, None], near.operators[subnets]] @ np.ones(near.operators.shape[1])
-        return (costs / limits[owners] - 1.0)[:, None]
-
-    found, _ = refine(index, predictor, starts[first], np.arange(num_devices), excess, _WIDTHS)
+    pricing = Pricing(
+        features=lambda near: np.zeros((len(near), 0)),
+        factors=np.zeros((num_devices, 1, 0)),
+        offsets=np.full((num_devices, 1), -1.0),
+        tables=tables / limits[:, None],
+        timed=0,
+    )
+    found, _ = refine(index, predictor, starts[first], np.arange(num_devices), pricing, _WIDTHS)
     rows = np.unique(np.concatenate([starts, found]), axis=0)
     accuracies = predictor.predict(SubnetBatch(index, rows))
     order = np.argsort(-accuracies, kind="stable")

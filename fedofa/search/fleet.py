@@ -22,17 +22,19 @@ from fedofa.device.training import RoundCosts, round_factors
 from fedofa.search.accuracy import AccuracyPredictor
 from fedofa.search.archive import Archive
 from fedofa.search.limits import Limits
+from fedofa.search.pricing import Pricing
 from fedofa.search.refine import refine
 from fedofa.search.specialise import describe
 from fedofa.types.device import DeviceProfile
 from fedofa.types.errors import ConfigError, InfeasibilityError
 
 _OWN_LIMITS = ("memory", "round time", "latency")
+_LATENCY = _OWN_LIMITS.index("latency")
 _UNLIMITED = 1e300
 _TO_MILLI = 1e3
 _AT_A_TIME = 128
 """Devices that the archive is priced on at once."""
-WIDTHS = (3, 2, 1)
+WIDTHS = (5, 5, 5, 2, 1, 1)
 """Subnets of unlike forms that a device keeps after each step of the refinement, unless told otherwise."""
 _STARTS, _APART = 2, 14
 """Subnets of a device that are refined, and columns in which they differ at the least."""
@@ -109,6 +111,25 @@ class Devices:
         most = np.array([_UNLIMITED if item.latency_ms is None else item.latency_ms for item in demands])
         self.tables = tables / most[:, None]
         self.overheads = np.array([item.latency.overhead_ms if item.latency else 0.0 for item in demands]) / most
+        self.pricing = self._pricing()
+
+    def _pricing(self) -> Pricing:
+        """All limits, those that the devices share as features of their own."""
+        own, shared, kinds = len(_OWN_LIMITS), len(self.way.limits.limits), self.memory.shape[1]
+        factors = np.zeros((len(self), own + shared, kinds + shared))
+        factors[:, 0, :kinds], factors[:, 1, :kinds], factors[:, own:, kinds:] = (
+            self.memory,
+            self.seconds,
+            np.eye(shared),
+        )
+        offsets = np.zeros(factors.shape[:2])
+        offsets[:, :own] = -1.0
+        offsets[:, _LATENCY] += self.overheads
+        return Pricing(self._features, factors, offsets, self.tables, _LATENCY)
+
+    def _features(self, batch: SubnetBatch) -> np.ndarray:
+        """The features of a round, then the excess over the limits that all devices share."""
+        return np.concatenate([self.way.costs.features(batch).matrix(), self.way.limits.excess(batch)], axis=1)
 
     def __len__(self) -> int:
         return len(self.tables)
@@ -128,24 +149,16 @@ class Devices:
         memory, seconds = ((features @ item[chosen].T).astype(np.float32) for item in (self.memory, self.seconds))
         return np.maximum(np.maximum(memory, seconds), latency) - np.float32(1)
 
-    def each(self, batch: SubnetBatch, owners: np.ndarray, subnets: np.ndarray | None = None) -> np.ndarray:
-        """By which share subnets exceed each limit of a device and those that all devices share.
+    def each(self, batch: SubnetBatch, owners: np.ndarray) -> np.ndarray:
+        """By which share subnets exceed each limit of a device of their own, and those that all devices share.
 
         Args:
-            owners: the device of every subnet, `(num_subnets,)`; of every pair where there are pairs.
-            subnets: the numbers of the subnets in the batch that are paired with the devices, `(num_pairs,)`.
+            owners: the device of every subnet, `(num_subnets,)`.
 
         Returns:
-            `(num_subnets, num_limits)` or `(num_pairs, num_limits)`, in the order of `limit_names`.
+            `(num_subnets, num_limits)`, in the order of `limit_names`.
         """
-        chosen = np.arange(len(batch)) if subnets is None else subnets
-        features = self.way.costs.features(batch).matrix()[chosen]
-        latency = self.tables[owners[:, None], batch.operators[chosen]] @ np.ones(batch.operators.shape[1])
-        latency += self.overheads[owners]
-        each = np.ones(features.shape[1])
-        memory, seconds = ((features * item[owners]) @ each for item in (self.memory, self.seconds))
-        own = np.stack([memory, seconds, latency], axis=1) - 1.0
-        return np.concatenate([own, self.way.limits.excess(batch)[chosen]], axis=1)
+        return self.pricing.excess(batch, owners)
 
     def worst(self, batch: SubnetBatch, owners: np.ndarray) -> np.ndarray:
         """The greatest excess of subnets, each on its own device, `(num_subnets,)`."""
@@ -274,11 +287,8 @@ class FleetSearch:
         if not self.widths:
             return self.archive.rows[starts[:, 0]], self.archive.accuracies[starts[:, 0]]
 
-        def excess(batch: SubnetBatch, subnets: np.ndarray, owners: np.ndarray) -> np.ndarray:
-            return devices.each(batch, members[owners], subnets)
-
-        owners = np.repeat(np.arange(len(members)), starts.shape[1])
-        return refine(self.index, self.predictor, self.archive.rows[starts.ravel()], owners, excess, self.widths)
+        owners, rows = np.repeat(members, starts.shape[1]), self.archive.rows[starts.ravel()]
+        return refine(self.index, self.predictor, rows, owners, devices.pricing, self.widths)
 
     def _choices(
         self, ways: Sequence[Devices], group: int, members: np.ndarray, rows: np.ndarray, accuracies: np.ndarray

@@ -18,6 +18,7 @@ class Encoding:
     Attributes:
         choices: `(num_columns,)`, how many values each column may take.
         names: of the columns, for people ("kernel[3]").
+        feature_starts: the first one-hot feature of every column, `(num_columns,)`.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -31,7 +32,7 @@ class Encoding:
             for column, (axis, position) in enumerate(columns)
             if (control := axis.controls[position]) is not None
         ]
-        self._features = _feature_starts(columns)
+        self.feature_starts = _feature_starts(columns)
         self.num_features = sum(len(axis.values) * len(axis.controls) for axis in space.axes)
 
     def _parent(self, control: Control) -> tuple[int, int]:
@@ -82,7 +83,7 @@ class Encoding:
     def one_hot(self, rows: np.ndarray) -> np.ndarray:
         """What `SearchSpace.encode` gives, a row a subnet: float32 `(num_subnets, num_features)`."""
         width = self.num_features + 1  # the last takes what has no position
-        places = np.where(rows != INACTIVE, self._features + rows, self.num_features)
+        places = np.where(rows != INACTIVE, self.feature_starts + rows, self.num_features)
         features = np.zeros((len(rows), width), np.float32)
         features.ravel()[np.arange(len(rows))[:, None] * width + places] = 1.0
         return features[:, :-1]

@@ -1,12 +1,21 @@
 """Accuracy predictors: what they learn, their files, and Once-for-All's published format against its own code."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from cohorts import SPECS
 
 from fedofa.device.operators import OperatorIndex, SubnetBatch
-from fedofa.search.accuracy import NetworkPredictor, ZeroCostProxy, encode_predictor, load_predictor
+from fedofa.search.accuracy import (
+    AccuracyPredictor,
+    DenseLayer,
+    NetworkPredictor,
+    ZeroCostProxy,
+    encode_predictor,
+    load_predictor,
+)
 from fedofa.search.learning import train_predictor
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
@@ -169,3 +178,31 @@ def test_a_published_predictor_is_a_network_predictor(tmp_path):
     predictor = load_predictor(tmp_path / "a.pth", index.encoding.space)
     assert isinstance(predictor, NetworkPredictor)
     assert predictor.predict(SubnetBatch(index, drawn(4))).shape == (4,)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("slopes_of", [AccuracyPredictor.slopes, NetworkPredictor.slopes])
+def test_slopes_of_a_linear_predictor_say_what_any_change_does(name, slopes_of):
+    index = OperatorIndex.of(build_elastic(SPECS[name]))
+    weight = np.random.default_rng(2).normal(0, 1, (1, index.encoding.num_features)).astype(np.float32)
+    predictor = NetworkPredictor(index.encoding.space, [DenseLayer(weight, np.zeros(1, np.float32))], 3.0)
+    rows, others = index.encoding.sample(np.random.default_rng(3), 24).reshape(2, 12, -1)
+    slopes = slopes_of(predictor, SubnetBatch(index, rows))
+    change = (slopes * (index.encoding.one_hot(others) - index.encoding.one_hot(rows))).sum(axis=1)
+    found = predictor.predict(SubnetBatch(index, others)) - predictor.predict(SubnetBatch(index, rows))
+    assert change == pytest.approx(found, abs=1e-4)
+
+
+def test_slopes_of_a_network_are_what_small_changes_of_its_features_do():
+    index = OperatorIndex.of(build_elastic(SPECS["mobilenet_v3"]))
+    rng, sizes = np.random.default_rng(8), (index.encoding.num_features, 12, 9, 1)
+    layers = [DenseLayer(rng.normal(0, 1, (b, a)), rng.normal(0, 1, b)) for a, b in itertools.pairwise(sizes)]
+    predictor = NetworkPredictor(index.encoding.space, layers)
+    rows = index.encoding.sample(rng, 6)
+    slopes = predictor.slopes(SubnetBatch(index, rows))
+    features = index.encoding.one_hot(rows).astype(np.float64)
+    for number in range(sizes[0]):
+        moved = features.copy()
+        moved[:, number] += 1e-7
+        found = (predictor.predict_features(moved) - predictor.predict_features(features)) / 1e-7
+        assert found == pytest.approx(slopes[:, number], rel=1e-4, abs=1e-4)

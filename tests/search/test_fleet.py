@@ -9,6 +9,7 @@ from cohorts import SPECS
 
 from fedofa.device.cost import AnalyticCostModel, LocalWork
 from fedofa.device.latency import Latency, roofline_table
+from fedofa.device.memory import InferenceMemory, WorkingSet
 from fedofa.device.models import Macs
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.tables import LatencyTable
@@ -19,6 +20,7 @@ from fedofa.search.archive import Archive, build_archive
 from fedofa.search.fit import uniform_subnets
 from fedofa.search.fleet import Choice, Demand, FleetSearch, Way
 from fedofa.search.limits import Limit, Limits
+from fedofa.search.pricing import Pricing
 from fedofa.search.refine import Beam, refine
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
@@ -177,11 +179,16 @@ def test_going_on_from_several_forms_reaches_better_subnets_than_from_the_best_o
     limits, every = limits[1:-1], np.arange(16)
     rows = np.repeat(index.encoding.rows([index.encoding.space.smallest()]), 16, axis=0)
 
-    def excess(batch, subnets, owners):
-        return (macs.predict(batch)[subnets] / limits[owners] - 1.0)[:, None]
+    pricing = Pricing(
+        features=lambda batch: macs.predict(batch)[:, None],
+        factors=1 / limits[:, None, None],
+        offsets=np.full((16, 1), -1.0),
+        tables=np.zeros((16, len(index.operators) + 1)),
+        timed=0,
+    )
 
     def refined(*widths):
-        found, accuracies = refine(index, predictor, rows, every, excess, widths)
+        found, accuracies = refine(index, predictor, rows, every, pricing, widths)
         assert (macs.predict(SubnetBatch(index, found)) <= limits).all()
         assert accuracies == pytest.approx(predictor.predict(SubnetBatch(index, found)), rel=1e-5)
         return accuracies
@@ -190,9 +197,35 @@ def test_going_on_from_several_forms_reaches_better_subnets_than_from_the_best_o
     assert wide.mean() > narrow.mean()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resolutions": (160,), "kernels": (3,), "expands": (4,)},
+        {"resolutions": (160,), "depths": (2,)},
+        {"resolutions": (160, 192), "depths": (2,), "kernels": (3,), "expands": (4,)},
+    ],
+)
+def test_spaces_with_few_axes_are_refined_to_their_best_subnet(changes):
+    index = OperatorIndex.of(build_elastic(MobileNetV3Spec(**changes)))
+    predictor, rows = ZeroCostProxy(index), index.encoding.rows([index.encoding.space.smallest()])
+    every = SubnetBatch(index, index.encoding.sample(np.random.default_rng(0), 2000))
+    most = float(np.quantile(Macs(index).predict(every), 0.7))
+    pricing = Pricing(
+        features=lambda batch: Macs(index).predict(batch)[:, None],
+        factors=np.full((1, 1, 1), 1 / most),
+        offsets=np.full((1, 1), -1.0),
+        tables=np.zeros((1, len(index.operators) + 1)),
+        timed=0,
+    )
+    found, accuracies = refine(index, predictor, rows, np.zeros(1, np.int64), pricing, (5, 5, 5, 5, 1, 1))
+    within = Macs(index).predict(every) <= most
+    assert Macs(index).predict(SubnetBatch(index, found))[0] <= most
+    assert accuracies[0] >= predictor.predict(every)[within].max() - 1e-6
+
+
 def test_a_beam_keeps_the_best_of_each_form_and_of_each_device_only_so_many():
     rows = np.array([[0, 1], [0, 2], [1, 1], [2, 0], [0, 0]], np.int16)
-    beam = Beam(rows, np.array([1.0, 3.0, 2.0, 0.5, 9.0]), np.array([0, 0, 0, 0, 1]))
+    beam = Beam(rows, np.array([1.0, 3.0, 2.0, 0.5, 9.0]), np.array([0, 0, 0, 0, 1]), np.zeros((5, 1)))
     assert beam.best((0,)).tolist() == [1, 2, 3, 4]
     assert beam.best((0,), 2).tolist() == [1, 2, 4]
     assert beam.best((), 1).tolist() == [1, 4]
@@ -249,6 +282,22 @@ def test_limits_that_all_devices_share_hold_and_are_named(archive, predictor):
     impossible = way(limits=[Limit(model, low / 2)])
     (error,) = FleetSearch(archive, predictor, [[impossible]]).assign([Demand(profile(), WORK, 1e12)])
     assert isinstance(error, InfeasibilityError) and "bytes_up is exceeded by" in str(error)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+@pytest.mark.parametrize("model_of", [lambda index: WorkingSet(index, 8), InferenceMemory, Macs])
+def test_whether_a_limit_is_a_sum_or_a_peak_no_random_subnet_within_it_is_much_better(name, model_of):
+    index = OperatorIndex.of(build_elastic(SPECS[name]))
+    proxy, model = ZeroCostProxy(index), model_of(index)
+    batch = SubnetBatch(index, index.encoding.sample(np.random.default_rng(6), 3000))
+    costs, accuracies = model.predict(batch), proxy.predict(batch)
+    made = build_archive(index, proxy, num_devices=40)
+    plans = PlannedPlaces(index, partial(build_plan, "full"))
+    for most in np.quantile(costs, [0.2, 0.5, 0.8]):
+        limited = Way(RoundCosts(plans), Limits((Limit(model, float(most)),)))
+        (choice,) = FleetSearch(made, proxy, [[limited]]).assign([Demand(profile(), WORK, 1e12)])
+        assert model.predict(SubnetBatch(index, choice.row[None]))[0] <= most
+        assert choice.accuracy >= accuracies[costs <= most].max() - 0.02 * np.ptp(accuracies)
 
 
 def test_recomputation_and_later_plans_serve_only_at_need(archive, predictor):
