@@ -456,6 +456,7 @@ class SearchConf:
     seed: int = MISSING
     population: int = MISSING
     generations: int = MISSING
+    cache_dir: str = MISSING  # what training memory's model found of operators is kept here
     any_machine: bool = MISSING  # false: refuse a profile that was measured on another kind of device
     latency_ms: float | None = None
     inference_memory_mb: float | None = None

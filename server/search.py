@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import time
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import SearchConf
+from fedofa.data.cache import load_cached
 from fedofa.device.cost import LocalWork
 from fedofa.device.energy import Battery, Chip, Energy
 from fedofa.device.latency import Latency
@@ -25,6 +27,7 @@ from fedofa.device.profile import MeasuredDevice, check_machine, read_json
 from fedofa.device.tables import FORMAT as TABLE_FORMAT
 from fedofa.device.tables import LatencyTable
 from fedofa.device.training import BytesUp, PlannedPlaces
+from fedofa.finetune.kept_traces import code_digest, read_traces, write_traces
 from fedofa.finetune.planned_memory import PlannedTrainingMemory
 from fedofa.finetune.plans import build_plan
 from fedofa.search.accuracy import AccuracyPredictor, ZeroCostProxy, load_predictor
@@ -33,6 +36,7 @@ from fedofa.search.specialise import DeviceSearch, Found, describe
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError
 from server.checkpoint import replace_file
+from server.progress import say
 
 SETTINGS = (
     "latency_ms",
@@ -73,6 +77,8 @@ def run_search(conf: SearchConf) -> SearchResult:
         predictor = load_predictor(Path(conf.predictor), index.encoding.space)
     search = DeviceSearch(index, predictor, list(models.values()), conf.population, conf.generations)
     for model in models.values():
+        if isinstance(model, PlannedTrainingMemory):
+            _take_known(model, conf)
         model.warm_up()
     _load_pymoo()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -84,6 +90,21 @@ def run_search(conf: SearchConf) -> SearchResult:
         Path(conf.output).parent.mkdir(parents=True, exist_ok=True)
         replace_file(Path(conf.output), json.dumps(list(_rows(result)), indent=1).encode())
     return result
+
+
+def _take_known(model: PlannedTrainingMemory, conf: SearchConf) -> None:
+    """Give the model what an earlier search with the same settings found of operators; find and keep it otherwise."""
+    settings = (code_digest(), conf.supernet, conf.in_channels, conf.num_classes, model.work, model.plans.part_plans)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+
+    def find(path: Path) -> None:
+        model.warm_up()
+        write_traces(path, model.traces)
+
+    try:
+        model.traces |= load_cached(Path(conf.cache_dir, f"operators-{digest}.json"), read_traces, find)
+    except OSError as error:
+        say(f"cache_dir: what was found of operators cannot be kept in {conf.cache_dir}: {error}")
 
 
 def _load_pymoo() -> None:

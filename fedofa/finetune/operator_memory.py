@@ -14,6 +14,7 @@ from fedofa.device.allocator import resident_bytes
 from fedofa.device.operators import Operator
 from fedofa.finetune.engine import planned
 from fedofa.finetune.memory import LiveBytes
+from fedofa.finetune.ops.codes import bit_table
 from fedofa.finetune.trainer import label_objective
 from fedofa.supernet.layers import Linear, build_part
 from fedofa.types.plan import FineTunePlan
@@ -61,7 +62,7 @@ class OperatorTrace:
             accumulated, the gradients of its parameters; 0 where none comes to it.
         gradient_bytes: of what trains.
         weight_bytes: parameters and statistics.
-        kernels: its distinct convolutions.
+        kernels: its distinct convolutions, each as a text that names it.
         resizes: whether maps are resized.
         gives: the layout of its result.
         passes_innermost: whether the gradient of its input has channels innermost.
@@ -75,7 +76,7 @@ class OperatorTrace:
     backward_bytes: int
     gradient_bytes: int
     weight_bytes: int
-    kernels: frozenset[tuple[Any, ...]]
+    kernels: frozenset[str]
     resizes: bool
     gives: int
     passes_innermost: bool
@@ -126,6 +127,7 @@ def trace_operator(
     weights = sum(resident_bytes(tensor.nbytes) for tensor in block.state_dict().values())
     batch, plan = treatment.batch, treatment.plan
     anchor = torch.zeros(1, device="meta", requires_grad=treatment.reached)
+    bit_table(anchor.dtype, anchor.device)  # a process makes it once, for whatever needs it first
     labels, order = torch.zeros(batch, dtype=torch.int64, device="meta"), torch.arange(batch)
     shape, layouts = (batch, operator.in_channels, operator.in_side, operator.in_side), []
     objective = label_objective(labels, label_smoothing)
@@ -163,7 +165,7 @@ def trace_operator(
         gradients = sum(resident_bytes(item.grad.nbytes) for item in parameters if item.grad is not None)
     return OperatorTrace(
         *(inner, given, keeps_input, keeps_result, forward, backward, gradients, weights),
-        frozenset(live.kernels),
+        frozenset(map(str, live.kernels)),
         live.resizes,
         gives,
         all(layouts),

@@ -17,6 +17,7 @@ from fedofa.device.cost import LocalWork
 from fedofa.device.models import MEGABYTE, SubnetCostModel
 from fedofa.device.operators import Operator, SubnetBatch
 from fedofa.device.training import PlannedBatch, PlannedPlaces
+from fedofa.finetune.kept_traces import trace_key
 from fedofa.finetune.memory import KERNEL_BYTES, PROCESS_BYTES, RESIZING_BYTES, part_sizes
 from fedofa.finetune.operator_memory import (
     BLOCK,
@@ -71,6 +72,9 @@ class PlannedTrainingMemory(SubnetCostModel):
     Args:
         plans: the plan of every subnet, with its levers; it caches no features.
         work: what the device does in a round.
+
+    Attributes:
+        traces: of operators that were followed, by `kept_traces.trace_key`; those that are put there are not followed.
     """
 
     setting, unit = "training_memory_mb", "MB"
@@ -85,10 +89,12 @@ class PlannedTrainingMemory(SubnetCostModel):
         self._num_sizes = len(set(part_sizes(plan, training, work.num_examples)))
         self._dropout = self.index.network(self.index.encoding.space.largest()).dropout
         self._chains = [tuple(_chains(name)) for name in self.index.places]
-        self._numbers: dict[tuple[Operator, Treatment], int] = {}  # of traces, by operator and treatment
+        self.traces: dict[str, OperatorTrace] = {}
+        self._numbers: dict[str, int] = {}  # of traces, by their keys
         self._traces = [_ABSENT]
         self._table = _tabulated(self._traces)
-        self._trace_of = np.zeros((0, 0, _FLAGS), np.int64)  # by part of a plan, operator and what comes to it
+        self._trace_of = np.zeros((0, 1, _FLAGS), np.int64)  # by part of a plan, operator (last: none) and what comes
+        self._outer, self._input_elements = np.zeros(1, bool), np.zeros(0, np.int64)  # of operators
 
     def warm_up(self) -> None:
         """Follow the operators of some thousand random subnets, so that a search meets hardly any that is new."""
@@ -97,17 +103,16 @@ class PlannedTrainingMemory(SubnetCostModel):
     def predict(self, batch: SubnetBatch) -> np.ndarray:
         traces = self._look_up(batch, self.plans.of(batch))
         table, slots = self._table, self.work.optimiser_slots
-        trained = table.gradients[traces].sum(axis=1)
+        trained = table.gradients[traces].sum(axis=0)
         step = np.maximum(self._peak(traces) + slots * trained, (2 + slots) * trained)
-        kernels = np.bitwise_count(np.bitwise_or.reduce(table.kernels[traces], axis=1)).sum(axis=1, dtype=np.int64)
-        resizes = table.resizes[traces].any(axis=1)
+        kernels = np.bitwise_count(np.bitwise_or.reduce(table.kernels[traces], axis=0)).sum(axis=1, dtype=np.int64)
+        resizes = table.resizes[traces].any(axis=0)
         engine = PROCESS_BYTES + kernels * self._num_sizes * KERNEL_BYTES + resizes * RESIZING_BYTES
-        return (2 * table.weights[traces].sum(axis=1) + self._inputs(batch) + step + engine) / MEGABYTE
+        return (2 * table.weights[traces].sum(axis=0) + self._inputs(batch) + step + engine) / MEGABYTE
 
     def _inputs(self, batch: SubnetBatch) -> np.ndarray:
         """Bytes of all examples, `(num_subnets,)`."""
-        values = np.array([operator.input_elements for operator in self.index.operators])[batch.operators[:, 0]]
-        sides, member = np.unique(values, return_inverse=True)
+        sides, member = np.unique(self._input_elements[batch.operators[:, 0]], return_inverse=True)
         sizes = [resident_bytes(_BYTES * int(side) * self.work.num_examples) for side in sides]
         return np.array(sizes, np.int64)[member]
 
@@ -115,16 +120,16 @@ class PlannedTrainingMemory(SubnetCostModel):
         """The most that a step's tensors take at a time, without the optimiser's, `(num_subnets,)`.
 
         Args:
-            traces: `(num_subnets, num_places)`.
+            traces: `(num_places, num_subnets)`.
         """
         table = self._table
         gradients = table.gradients[traces]
-        there = gradients.sum(axis=1) * self._accumulates  # from the micro-batch before
+        there = gradients.sum(axis=0) * self._accumulates  # from the micro-batch before
         kept, peak = np.zeros_like(there), np.zeros_like(there)
         before = []  # each place: what the places before it keep
-        holds = _Holds(len(traces))
-        keeps = np.zeros(len(traces), bool)  # whether the place before keeps its result
-        for place, here in enumerate(traces.T):
+        holds = _Holds(len(there))
+        keeps = np.zeros(len(there), bool)  # whether the place before keeps its result
+        for place, here in enumerate(traces):
             present, given, own = here > 0, table.given[here], table.keeps_input[here]
             held = holds.enter(self._chains[place])
             peak = np.maximum(peak, present * (kept + held + there + table.forward[here]))
@@ -132,60 +137,62 @@ class PlannedTrainingMemory(SubnetCostModel):
             holds.start(self._chains[place], present, given * ~(own | keeps))
             kept = kept + table.inner[here] + given * (own | keeps)
             keeps = np.where(present, table.keeps_result[here], keeps)
-        for place in reversed(range(traces.shape[1])):
-            backward = table.backward[traces[:, place]]
+        for place in reversed(range(len(traces))):
+            backward = table.backward[traces[place]]
             peak = np.maximum(peak, (backward > 0) * (before[place] + there + backward))
-            there = there if self._accumulates else there + gradients[:, place]
+            there = there if self._accumulates else there + gradients[place]
         return peak
 
     def _look_up(self, batch: SubnetBatch, planned: PlannedBatch) -> np.ndarray:
-        """The trace of every place, `(num_subnets, num_places)`, 0 where there is no part.
+        """The trace of every place, `(num_places, num_subnets)`, 0 where there is no part.
 
         Which layout maps have is handed on along the forward pass, that of gradients along the backward pass.
         """
         self._make_room()
-        outer = self._outer()[batch.operators]
-        flags = _REACHED * (np.cumsum(planned.trained, axis=1) > planned.trained) + _RECOMPUTED * planned.recomputed
-        traces = np.zeros_like(batch.operators)
+        present, parts = np.ascontiguousarray(batch.present.T), np.ascontiguousarray(planned.parts.T)
+        operators = np.ascontiguousarray(batch.operators.T)
+        may_differ = np.ascontiguousarray(planned.backward.T) & self._outer[operators]  # where layouts may differ
+        reached = np.cumsum(planned.trained, axis=1) > planned.trained
+        flags = np.ascontiguousarray((_REACHED * reached + _RECOMPUTED * planned.recomputed).T)
+        traces = np.zeros_like(operators)
         given = np.full(len(batch), INNERMOST)
-        for place in range(traces.shape[1]):
-            innermost = (given != PLAIN) | ~planned.backward[:, place] | ~outer[:, place]  # mostly as maps lie
-            flags[:, place] += _GIVEN * given + _INNERMOST * innermost
-            traces[:, place] = self._numbers_at(place, batch, planned, flags)
-            given = np.where(batch.present[:, place], self._table.gives[traces[:, place]], given)
+        for place in range(len(traces)):
+            innermost = (given != PLAIN) | ~may_differ[place]  # mostly as maps lie
+            flags[place] += _GIVEN * given + _INNERMOST * innermost
+            traces[place] = self._numbers_at(parts[place], operators[place], flags[place])
+            given = np.where(present[place], self._table.gives[traces[place]], given)
         innermost = np.ones(len(batch), bool)
-        for place in reversed(range(traces.shape[1])):
-            layout = innermost | ~planned.backward[:, place] | ~outer[:, place]
-            flags[:, place] = flags[:, place] & ~_INNERMOST | _INNERMOST * layout
-            traces[:, place] = self._numbers_at(place, batch, planned, flags)
-            innermost = np.where(batch.present[:, place], self._table.passes[traces[:, place]], innermost)
+        for place in reversed(range(len(traces))):
+            layout = flags[place] & ~_INNERMOST | _INNERMOST * (innermost | ~may_differ[place])
+            if (layout != flags[place]).any():
+                traces[place] = self._numbers_at(parts[place], operators[place], layout)
+            innermost = np.where(present[place], self._table.passes[traces[place]], innermost)
         return traces
 
-    def _outer(self) -> np.ndarray:
-        """Whether an operator's result is a map of several positions, of which layouts differ; last that of none."""
-        return np.array([*(operator.out_side > 1 for operator in self.index.operators), False])
-
-    def _numbers_at(self, place: int, batch: SubnetBatch, planned: PlannedBatch, flags: np.ndarray) -> np.ndarray:
+    def _numbers_at(self, parts: np.ndarray, operators: np.ndarray, flags: np.ndarray) -> np.ndarray:
         """The traces of a place, `(num_subnets,)`; those that there are not yet are made."""
-        present = batch.present[:, place]
-        keys = np.stack([planned.parts[present, place], batch.operators[present, place], flags[present, place]])
-        numbers = self._trace_of[tuple(keys)]
-        if (numbers == _UNKNOWN).any():
-            for key in np.unique(keys[:, numbers == _UNKNOWN], axis=1).T.tolist():
+        numbers = self._trace_of[parts, operators, flags]
+        unknown = numbers == _UNKNOWN
+        if unknown.any():
+            for key in np.unique(np.stack([parts, operators, flags])[:, unknown], axis=1).T.tolist():
                 self._trace_of[tuple(key)] = self._follow(*key)
             self._table = _tabulated(self._traces)
-            numbers = self._trace_of[tuple(keys)]
-        result = np.zeros(len(batch), np.int64)
-        result[present] = numbers
-        return result
+            numbers = self._trace_of[parts, operators, flags]
+        return numbers
 
     def _make_room(self) -> None:
         """For the parts of plans and the operators that are known by now."""
-        shape = len(self.plans.part_plans), len(self.index.operators), _FLAGS
-        if self._trace_of.shape != shape:
-            larger = np.full(shape, _UNKNOWN, np.int64)
-            larger[tuple(map(slice, self._trace_of.shape))] = self._trace_of
-            self._trace_of = larger
+        operators = self.index.operators
+        shape = len(self.plans.part_plans), len(operators) + 1, _FLAGS
+        if self._trace_of.shape == shape:
+            return
+        larger = np.full(shape, _UNKNOWN, np.int64)
+        larger[:, -1] = 0
+        known_parts, known_operators, _ = self._trace_of.shape
+        larger[:known_parts, : known_operators - 1] = self._trace_of[:, :-1]
+        self._trace_of = larger
+        self._outer = np.array([*(item.out_side > 1 for item in operators), False])  # results of several positions
+        self._input_elements = np.array([item.input_elements for item in operators])
 
     def _follow(self, part: int, number: int, flags: int) -> int:
         """The number of the trace of an operator under a part of a plan."""
@@ -194,10 +201,13 @@ class PlannedTrainingMemory(SubnetCostModel):
         own = _renamed(plan, self.index.places[place], operator, recomputed=bool(flags & _RECOMPUTED))
         passes = bool(flags & _REACHED), self._at_a_time, self._accumulates
         treatment = Treatment(own, *passes, flags // _GIVEN, bool(flags & _INNERMOST))
-        if (operator, treatment) not in self._numbers:
-            self._numbers[operator, treatment] = len(self._traces)
-            self._traces.append(trace_operator(operator, treatment, self._dropout))
-        return self._numbers[operator, treatment]
+        key = trace_key(operator, treatment, self._dropout)
+        if key not in self.traces:
+            self.traces[key] = trace_operator(operator, treatment, self._dropout)
+        if key not in self._numbers:
+            self._numbers[key] = len(self._traces)
+            self._traces.append(self.traces[key])
+        return self._numbers[key]
 
 
 class _Holds:

@@ -12,6 +12,7 @@ from fedofa.device.latency import roofline_table
 from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, describe_machine
+from fedofa.finetune import planned_memory
 from fedofa.finetune.memory import training_memory
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
@@ -29,6 +30,14 @@ pytest.importorskip("pymoo", reason="pymoo is missing; `make test` installs it")
 
 SMALL = ["supernet=small", "in_channels=1", "num_classes=10"]
 FAST = [*SMALL, "population=32", "generations=5"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Nothing is kept outside of the tests' own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDOFA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +76,24 @@ def test_the_pareto_set_is_printed(board, capsys):
     found = run_search(conf).found
     assert len(found) > 3
     assert all(item.costs["latency_ms"].value <= 20 for item in found)
+
+
+def test_what_is_found_of_operators_is_kept_for_the_next_search(board, tmp_path, monkeypatch, capsys):
+    settings = [*FAST, f"device={board}", "training_memory_mb=9", "lean=true", "micro_batch=1", "num_examples=40"]
+    conf = compose_search_conf([*settings, f"cache_dir={tmp_path}"])
+    first = run_search(conf).found
+    (kept,) = tmp_path.glob("operators-*.json")
+    content = kept.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(planned_memory, "trace_operator", lambda *_: pytest.fail("followed again"))
+        assert run_search(conf).found == first
+    kept.write_bytes(content[: len(content) // 2])
+    assert run_search(conf).found == first
+    assert kept.read_bytes() == content
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    assert run_search(compose_search_conf([*settings, f"cache_dir={tmp_path / 'file'}"])).found == first
+    assert "cache_dir: what was found of operators cannot be kept" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("plan", ["full", "bias"])

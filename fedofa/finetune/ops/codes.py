@@ -64,11 +64,11 @@ def _pack_chunk(values: Tensor, words: Tensor, packed: Tensor) -> None:
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The inverse of `pack_bits`."""
-    return torch.index_select(_bit_table(torch.bool, packed.device), 0, packed.int()).view(-1)[:count]
+    return torch.index_select(bit_table(torch.bool, packed.device), 0, packed.int()).view(-1)[:count]
 
 
 @lru_cache(maxsize=8)
-def _bit_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+def bit_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """The eight bits of every byte, `(256, 8)`, the lowest first."""
     return (torch.arange(256, device=device).view(256, 1) >> torch.arange(8, device=device) & 1).to(dtype)
 
@@ -99,7 +99,7 @@ def pack_inside(result: Tensor, upper: float | None) -> Tensor:
 def gradient_inside(grad: Tensor, packed: Tensor, slope: float) -> Tensor:
     """The result's gradient times `slope` where the bit is set, 0 elsewhere; `grad` lies as the packed result did."""
     out = torch.empty_like(grad)
-    source, target, table = flat(grad), flat(out), _bit_table(grad.dtype, grad.device) * slope
+    source, target, table = flat(grad), flat(out), bit_table(grad.dtype, grad.device) * slope
     numbers = chunk_buffer(len(packed), torch.int32, grad.device)
     factors = chunk_buffer(8 * len(packed), grad.dtype, grad.device).view(-1, 8)
     for part in chunks(source.numel()):
