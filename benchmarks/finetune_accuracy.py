@@ -206,9 +206,9 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         figures = f"{row['accuracy']:9.3f}{row['bytes_up'] / 1e3:8.0f}{row['peak']:9.1f}"
         print(f"{row['name']:<22}{figures}{row['seconds'] / stock['seconds']:6.2f}{row['learning_rate']:7g}")
     print("versions:", ", ".join(f"{name} {version}" for name, version in versions().items()))
-    best = max((row for row in rows if row["name"].startswith(_STOCK)), key=lambda row: row["accuracy"])
-    lean = [row for row in rows if row["peak"] * 25 <= best["peak"]]
-    if lean:
+    best = max((row for row in rows if row["name"].startswith(_STOCK)), key=lambda row: row["accuracy"], default=None)
+    lean = [row for row in rows if row["peak"] * 25 <= best["peak"]] if best else []
+    if best and lean:
         top = max(lean, key=lambda row: row["accuracy"])
         points, memory = 100 * (best["accuracy"] - top["accuracy"]), best["peak"] / top["peak"]
         print(f"best_lean={top['name'].replace(' ', '_')} points_below_stock={points:.2f} memory_ratio={memory:.1f}")
