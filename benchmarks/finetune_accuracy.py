@@ -192,11 +192,18 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for row in rows:
         colour = style.PALETTE[1 if row["name"].startswith(_STOCK) else 0]
         axes.plot(row["peak"], 100 * row["accuracy"], "o", color=colour)
-        offset = (6, 5)
-        axes.annotate(row["name"], (row["peak"], 100 * row["accuracy"]), offset, textcoords="offset points", fontsize=9)
+        close = [item for item in rows if 1 < item["peak"] / row["peak"] < 1.2 and _points_above(item, row) > -0.5]
+        below = any(0 < _points_above(item, row) < 0.5 for item in close)
+        offset, side = ((6, -14), "left") if below else ((-4, 8), "right") if close else ((6, 5), "left")
+        at = row["peak"], 100 * row["accuracy"]
+        axes.annotate(row["name"], at, offset, textcoords="offset points", fontsize=9, ha=side)
     style.scale_percent(axes, [100 * row["accuracy"] for row in rows], padding=0.12, least_padding=1.5)
     axes.set_xlim(min(row["peak"] for row in rows) / 1.3, max(row["peak"] for row in rows) * 1.6)
     style.save_png(figure, path)
+
+
+def _points_above(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    return 100 * (row["accuracy"] - other["accuracy"])
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
