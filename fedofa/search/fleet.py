@@ -117,11 +117,8 @@ class Devices:
         """All limits, those that the devices share as features of their own."""
         own, shared, kinds = len(_OWN_LIMITS), len(self.way.limits.limits), self.memory.shape[1]
         factors = np.zeros((len(self), own + shared, kinds + shared))
-        factors[:, 0, :kinds], factors[:, 1, :kinds], factors[:, own:, kinds:] = (
-            self.memory,
-            self.seconds,
-            np.eye(shared),
-        )
+        factors[:, 0, :kinds], factors[:, 1, :kinds] = self.memory, self.seconds
+        factors[:, own:, kinds:] = np.eye(shared)
         offsets = np.zeros(factors.shape[:2])
         offsets[:, :own] = -1.0
         offsets[:, _LATENCY] += self.overheads

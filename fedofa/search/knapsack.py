@@ -200,8 +200,6 @@ def _most_worth(gains: np.ndarray, costs: np.ndarray, price: np.ndarray) -> np.n
     for option in range(1, len(gains)):
         np.multiply(price, costs[option], out=worth)
         np.subtract(gains[option], worth, out=worth)
-        np.maximum(
-            taken, (worth > reached) * np.int16(option), out=taken
-        )  # the last one that is better than all before
+        np.maximum(taken, (worth > reached) * np.int16(option), out=taken)  # the last that is better than all before
         np.maximum(reached, worth, out=reached)
     return taken
