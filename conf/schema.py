@@ -311,7 +311,9 @@ class ChipConf:
 class AssignmentConf:
     """How the server chooses each client's subnet (see docs/search.md); limits are null where there are none."""
 
-    by: str = MISSING  # "rule": most MACs and parameters that memory and time allow | "search": best accuracy predicted
+    # "auto": by search, but by rule where there is none to make (a shrinking schedule, a fixed network) |
+    # "search": best accuracy predicted | "rule": most MACs and parameters that memory and time allow, by climbing
+    by: str = MISSING
     predictor: str | None = None  # of "search", as all below: a file of fedofa predictor; null: the zero-cost proxy
     archive_devices: int = MISSING  # made-up devices for which good subnets are found in advance
     link_probe_bytes: int = MISSING  # of two messages that measure each client's link when it joins; 0: as stated

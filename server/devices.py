@@ -138,7 +138,9 @@ class DeviceFolder:
                 device = found.get(client.client_id, KeptDevice(client.client_id))
                 if self.link_probe_bytes:
                     device = self._with_link(client, device, one_by_one)
-                kept[client.client_id] = self._new[client.client_id] = device
+                if self.link_probe_bytes or device.table is not None:
+                    self._new[client.client_id] = device
+                kept[client.client_id] = device
         taken = [device.measured(client) for client in clients if (device := kept[client.client_id]) is not None]
         return taken, refused, self._latencies
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from fedofa.supernet.pretrained import start_from
 from fedofa.supernet.sums import MAX_DELTAS
 from fedofa.types.errors import ConfigError
 from fedofa.update.exchange import FLOAT_DTYPES
-from server.assignment import FleetAssigner, build_assigner
+from server.assignment import FleetAssigner, assigned_by, build_assigner
 from server.checkpoint import CheckpointStore
 from server.compiled import unfit_engines
 from server.devices import DeviceFolder
@@ -118,7 +118,7 @@ class Parts:
         if self.assigner is None:
             return None
         probe_bytes = self.conf.assignment.link_probe_bytes
-        return DeviceFolder(output_dir / "devices", self.assigner.search.index, probe_bytes)
+        return DeviceFolder(output_dir / "devices", self.assigner.index, probe_bytes)
 
     def shrinking(self, schedule: ShrinkSchedule, planner: Planner) -> FederatedShrinking:
         """What deals a schedule's subnets to the fleet.
@@ -137,6 +137,7 @@ def build_parts(conf: SimulateConf) -> Parts:
         ConfigError, DatasetError: naming the setting.
     """
     _check(conf)
+    by = assigned_by(conf)
     check_tracking(conf.tracking)
     fleet_profiles(conf)  # device classes out of range are refused here, not by every client
     training = build_training(conf.finetune)
@@ -160,7 +161,7 @@ def build_parts(conf: SimulateConf) -> Parts:
         supernet.space, supernet.block_costs, plans, AnalyticCostModel(), _plan_within(conf, supernet, training, images)
     )
     schedule = _schedule(conf, supernet, data)
-    assigner = _assigner(conf, supernet, plans)
+    assigner = _assigner(conf, supernet, search) if by == "search" else None
     parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner)
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
@@ -181,18 +182,10 @@ def _check_kept_statistics(conf: SimulateConf, supernet: Supernet) -> None:
         )
 
 
-def _assigner(conf: SimulateConf, supernet: Supernet, plans: Sequence[Sequence[PlanOf]]) -> FleetAssigner | None:
-    """What assigns subnets by search, None for the rule."""
-    if conf.assignment.by == "search" and conf.shrinking.schedule != "none":
-        raise ConfigError("assignment.by=search: a shrinking schedule deals the subnets itself; give shrinking=none")
-    if conf.assignment.by == "search" and conf.finetune.planner == "budget":
-        raise ConfigError(
-            "assignment.by=search prices plans by the cost model; expected finetune.planner=cost, found 'budget'"
-        )
+def _assigner(conf: SimulateConf, supernet: Supernet, fits: FitSearch) -> FleetAssigner:
+    """What assigns subnets by search."""
     wire_bytes = 4 if conf.aggregation.float_dtype == "float32" else 2
-    return build_assigner(
-        conf.assignment, supernet, plans, micro_batch=conf.finetune.micro_batch, wire_bytes=wire_bytes
-    )
+    return build_assigner(conf.assignment, supernet, fits, micro_batch=conf.finetune.micro_batch, wire_bytes=wire_bytes)
 
 
 def _schedule(conf: SimulateConf, supernet: Supernet, data: FederatedData) -> ShrinkSchedule | None:
@@ -269,7 +262,8 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings["calibration"] = conf.evaluation.calibration  # statistics are part of what clients train with
     for name in _PATIENCE:
         settings["fleet"].pop(name)
-    if conf.assignment.by == "rule":
+    settings["assignment"]["by"] = assigned_by(conf)
+    if settings["assignment"]["by"] == "rule":
         settings.pop("assignment")
     elif conf.assignment.predictor:
         content = Path(conf.assignment.predictor).read_bytes()

@@ -31,6 +31,8 @@ PlanWithin = Callable[[SubnetConfig, str, LocalWork, float], tuple[FineTunePlan,
 Raises `InfeasibilityError` where none does.
 """
 
+_ROUNDING = 1 + 1e-9
+"""How far beyond a budget sums of the same numbers in another order may end."""
 _HALVINGS = 6
 """How often the gap between what fits and what does not is halved, in the logarithm of the counted memory."""
 
@@ -45,9 +47,9 @@ class Budgets:
     def exceeded(self, cost: RoundCost) -> dict[str, float]:
         """Budget name -> by which factor the cost exceeds it; empty when it fits. Time is named by its longest part."""
         over = {}
-        if cost.training_bytes > self.memory_bytes:
+        if cost.training_bytes > self.memory_bytes * _ROUNDING:
             over["memory"] = cost.training_bytes / self.memory_bytes
-        if cost.round_seconds > self.round_seconds:
+        if cost.round_seconds > self.round_seconds * _ROUNDING:
             over[f"round time ({cost.longest_part})"] = cost.round_seconds / self.round_seconds
         return over
 
@@ -63,6 +65,13 @@ class Fit:
     plan: FineTunePlan
     cost: RoundCost
     binding: str
+
+
+def _within(fit: Fit, budgets: Budgets) -> Fit | InfeasibilityError:
+    """The fit where it is within the budgets, otherwise which it exceeds."""
+    over = budgets.exceeded(fit.cost)
+    words = ", ".join(f"{name} ({factor:.2f} times)" for name, factor in over.items())
+    return InfeasibilityError(f"plan {fit.plan.name!r} exceeds the budget of {words}") if over else fit
 
 
 def capacity(cost: RoundCost) -> float:
@@ -116,14 +125,30 @@ class FitSearch:
     def fit_of(self, subnet: SubnetConfig, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit | None:
         """The given subnet under the first plan that fits, or None."""
         for plan_of in itertools.chain.from_iterable(self.plans):
-            pricing = _Pricing(self, plan_of, profile, work, budgets)
-            if self.plan_within is not None:
-                fit = pricing.planned(self.plan_within, subnet, "chosen")
-                if isinstance(fit, Fit):
-                    return fit
-            elif not budgets.exceeded(pricing.cost(subnet)):
-                return pricing.fit(subnet, "chosen")
+            fit = self.under(plan_of, subnet, profile, work, budgets, "chosen")
+            if isinstance(fit, Fit):
+                return fit
         return None
+
+    def under(
+        self,
+        plan_of: PlanOf,
+        subnet: SubnetConfig,
+        profile: DeviceProfile,
+        work: LocalWork,
+        budgets: Budgets,
+        binding: str,
+    ) -> Fit | InfeasibilityError:
+        """The given subnet under a plan, one made for the device's memory where plans are; or why it does not fit."""
+        pricing = _Pricing(self, plan_of, profile, work, budgets)
+        if self.plan_within is not None:
+            return pricing.planned(self.plan_within, subnet, binding)
+        return _within(pricing.fit(subnet, binding), budgets)
+
+    def counted(self, plan_of: PlanOf, subnet: SubnetConfig, profile: DeviceProfile, work: LocalWork) -> RoundCost:
+        """What the cost model counts for a subnet under a plan."""
+        blocks = self.blocks(subnet)
+        return self.cost_model.cost(blocks, plan_of(blocks), profile, work)
 
     def _best_planned(self, plan_within: PlanWithin, profile: DeviceProfile, work: LocalWork, budgets: Budgets) -> Fit:
         """`best_fit` where plans are made for the device's memory."""
@@ -149,8 +174,7 @@ class _Pricing:
     budgets: Budgets
 
     def cost(self, subnet: SubnetConfig) -> RoundCost:
-        blocks = self.search.blocks(subnet)
-        return self.search.cost_model.cost(blocks, self.plan_of(blocks), self.profile, self.work)
+        return self.search.counted(self.plan_of, subnet, self.profile, self.work)
 
     def fit(self, subnet: SubnetConfig, binding: str) -> Fit:
         return Fit(subnet, self.plan_of(self.search.blocks(subnet)), self.cost(subnet), binding)
@@ -186,11 +210,7 @@ class _Pricing:
         except InfeasibilityError as error:
             return error
         cost = self.search.cost_model.cost(blocks, plan, self.profile, self.work)
-        cost = replace(cost, training_bytes=taken)
-        over = self.budgets.exceeded(cost)
-        if over:
-            return InfeasibilityError(f"plan {plan.name!r} exceeds the budget of {', '.join(over)}")
-        return Fit(subnet, plan, cost, binding)
+        return _within(Fit(subnet, plan, replace(cost, training_bytes=taken), binding), self.budgets)
 
     def best_planned(self, plan_within: PlanWithin) -> Fit | InfeasibilityError:
         """The best subnet that a plan can be made for, or why there is none.

@@ -305,18 +305,30 @@ class FleetSearch:
     def _refusal(self, demand: Demand, devices: Devices, device: int, row: np.ndarray) -> InfeasibilityError:
         """Why a device has no subnet."""
         subnet = self.index.encoding.subnet(row)
-        batch = SubnetBatch(self.index, row[None])
-        own = devices.each(batch, np.array([device]))[0][: len(_OWN_LIMITS)]
-        words = [
-            f"{name} is exceeded {1 + excess:.2f} times (it needs {Quantity(most.value * (1 + excess), most.unit)}, "
-            f"may take {most})"
-            for name, excess, most in zip(_OWN_LIMITS, own, demand.most, strict=True)
-            if most is not None and excess > 0
-        ]
-        words += [devices.way.limits.miss(batch)] if devices.way.limits.worst(batch)[0] > 0 else []
+        missed = _missed(demand, devices, device, SubnetBatch(self.index, row[None]))
         return InfeasibilityError(
             f"no subnet of {subnet.family!r} fits a {demand.profile.device_class!r} device: with the nearest, "
-            f"{describe(self.index.encoding.space, subnet)}, {'; '.join(words)}. Give it more of that, or take a "
+            f"{describe(self.index.encoding.space, subnet)}, {missed}. Give it more of that, or take a "
             "supernet with smaller subnets",
             nearest=subnet,
         )
+
+    def missed(self, demand: Demand, group: int, way: int, batch: SubnetBatch) -> str:
+        """In words which limits the only subnet of a batch exceeds on a device, and by how much; "" where none.
+
+        Args:
+            group, way: to train, a position in `ways`.
+        """
+        return _missed(demand, Devices([demand], self.ways[group][way], self._macs), 0, batch)
+
+
+def _missed(demand: Demand, devices: Devices, device: int, batch: SubnetBatch) -> str:
+    own = devices.each(batch, np.array([device]))[0][: len(_OWN_LIMITS)]
+    words = [
+        f"{name} is exceeded {1 + excess:.2f} times (it needs {Quantity(most.value * (1 + excess), most.unit)}, "
+        f"may take {most})"
+        for name, excess, most in zip(_OWN_LIMITS, own, demand.most, strict=True)
+        if most is not None and excess > 0
+    ]
+    words += [devices.way.limits.miss(batch)] if devices.way.limits.worst(batch)[0] > 0 else []
+    return "; ".join(words)

@@ -23,6 +23,7 @@ SMALL = [
     "{width: 16, stride: 2, activation: h_swish, squeeze_excite: false}]",
     "fleet.classes.sensor_board.memory_bytes=1.2e6",
     "evaluation.every=2",
+    "assignment.archive_devices=50",
 ]
 
 
