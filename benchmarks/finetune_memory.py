@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of
+from fedofa.finetune.inputs import Inputs, stored_inputs
 from fedofa.finetune.plans import build_plan, choose_segments, needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.recipe import LocalTraining
@@ -182,15 +184,16 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
     model = structure.assemble(structure.space.largest(), tensors)
     del tensors
     features = FeatureCache()
-    inputs = torch.randn(_BATCH, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
+    pixels = np.random.default_rng(0).integers(256, size=(_BATCH, 3, resolution, resolution), dtype=np.uint8)
+    inputs, few = (stored_inputs(images, [0.5] * 3, [0.25] * 3) for images in (pixels, pixels[:2, :, :64, :64]))
     labels = torch.arange(_BATCH) % 10
 
-    def train(images: Tensor, steps: int) -> None:
+    def train(images: Inputs, steps: int) -> None:
         training = LocalTraining(batch_size=len(images), max_steps=steps, learning_rate=1e-3)
         generator = torch.Generator().manual_seed(0)
         fine_tune(model, plan, received, images, labels[: len(images)], training, generator, features=features)
 
-    train(inputs[:2, :, :64, :64], 1)  # loads the kernels
+    train(few, 1)  # loads the kernels
     gc.collect()
     base = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -201,7 +204,7 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
     seconds = (time.thread_time() - began) / _STEPS
     peak = resident("VmHWM")
     return {
-        "saved": saved_bytes(model, plan, inputs) / 1e6,
+        "saved": saved_bytes(model, plan, inputs[:]) / 1e6,
         "peak": (peak - base) / 1e6,
         "process": peak / 1e6,
         "seconds": seconds,

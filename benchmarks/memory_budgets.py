@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
-from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.inputs import ImageForm, stored_inputs
 from fedofa.finetune.memory import warm_up
 from fedofa.finetune.plans import needs_contributions
 from fedofa.finetune.probing import measure_contributions
@@ -87,9 +87,10 @@ def draw_pair(number: int) -> dict[str, Any]:
     settings: dict[str, Any] = {"kinds": (chosen,) if chosen else KINDS[first:]}
     if needs_contributions(settings["kinds"]):
         settings["contributions"] = contributions(supernet)
+    form = ImageForm((3, side, side))
     while True:
         try:
-            found = plan_for_budget(supernet, subnet, training, num_examples, (3, side, side), budget, **settings)
+            found = plan_for_budget(supernet, subnet, training, num_examples, form, budget, **settings)
             break
         except BudgetError as error:
             budget = error.smallest_bytes
@@ -130,7 +131,7 @@ def train(supernet: Supernet, subnet: SubnetConfig, row: dict[str, Any], images:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.numpy()[...] = received[name]
-    inputs = prepare_inputs(images, [0.5] * 3, [0.25] * 3, supernet.resolution(subnet))
+    inputs = stored_inputs(images, [0.5] * 3, [0.25] * 3, supernet.resolution(subnet))
     labels = torch.arange(len(inputs)) % _NUM_CLASSES
     training = LocalTraining(**row["training"])
     fine_tune(model, plan, received, inputs, labels, training, torch.Generator().manual_seed(0))
@@ -149,11 +150,11 @@ def measure(row: dict[str, Any]) -> int:
     subnet = SubnetConfig.from_json(row["subnet"])
     supernet = build_supernet(row["supernet"])
     side = supernet.resolution(subnet) or 0
-    images = np.random.default_rng(0).integers(256, size=(row["num_examples"], 3, side, side), dtype=np.uint8)
     warm_up()
     gc.collect()
     base = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    images = np.random.default_rng(0).integers(256, size=(row["num_examples"], 3, side, side), dtype=np.uint8)
     train(supernet, subnet, row, images)
     return resident("VmHWM") - base
 

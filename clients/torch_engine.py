@@ -13,7 +13,7 @@ from fedofa.evaluation.calibration import CALIBRATION_BATCH, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.draws import task_seeds
 from fedofa.finetune.features import FeatureCache
-from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.inputs import Pixels, stored_inputs
 from fedofa.finetune.recipe import FineTuneResult, LocalTraining, batch_bounds
 from fedofa.finetune.trainer import Objective, fine_tune
 from fedofa.shrinking.schedule import TeacherLoss
@@ -80,9 +80,9 @@ def _teacher_objective(examples: Examples, task: ClientTask, training: LocalTrai
 
 def _inputs(
     examples: Examples, task: ClientTask, subnet: SubnetConfig, supernet: Supernet
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Pixels, torch.Tensor]:
     """Examples as a subnet takes them, and their labels."""
     statistics = task.normalisation
     resolution = supernet.resolution(subnet)
-    inputs = prepare_inputs(examples.images, statistics["mean"], statistics["std"], resolution)
+    inputs = stored_inputs(examples.images, statistics["mean"], statistics["std"], resolution)
     return inputs, torch.from_numpy(examples.labels)

@@ -20,6 +20,7 @@ from fedofa.aggregation.server_optimisers import Adaptive, Momentum, Plain, Serv
 from fedofa.data.federation import FederatedData
 from fedofa.data.sources import ImageSet
 from fedofa.device.cost import AnalyticCostModel
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.plans import build_plan, needs_contributions
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.sparse import Contributions
@@ -335,7 +336,8 @@ def _plan_within(
             f"finetune.planner=budget chooses every plan's levers itself; expected {clashes} as they are by default"
         )
     _, channels, height, width = images.images.shape
-    return BudgetedPlans(supernet, training, (channels, height, width), finetune.statistics)
+    form = ImageForm((channels, height, width), images.images.itemsize)
+    return BudgetedPlans(supernet, training, form, finetune.statistics)
 
 
 def _check(conf: SimulateConf) -> None:

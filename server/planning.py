@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 
 from fedofa.device.cost import LocalWork, RoundCost
 from fedofa.finetune.budget import BudgetedPlan, BudgetError, plan_for_budget
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import Budgets, Fit, FitSearch
 from fedofa.supernet.base import Supernet
@@ -31,15 +32,12 @@ class BudgetedPlans:
     Args:
         supernet: the structure is enough.
         training: the clients' recipe.
-        image_shape: `(channels, height, width)` of the clients' images.
+        form: of the clients' images; their resolution is the subnet's.
         statistics: batch norm's mode.
     """
 
-    def __init__(
-        self, supernet: Supernet, training: LocalTraining, image_shape: tuple[int, int, int], statistics: str
-    ) -> None:
-        self._supernet, self._training, self._statistics = supernet, training, statistics
-        self._image_shape = image_shape
+    def __init__(self, supernet: Supernet, training: LocalTraining, form: ImageForm, statistics: str) -> None:
+        self._supernet, self._training, self._form, self._statistics = supernet, training, form, statistics
         self._known = lru_cache(maxsize=4096)(self._plan)
 
     def __call__(
@@ -65,12 +63,10 @@ class BudgetedPlans:
     def _plan(
         self, subnet: SubnetConfig, kind: str, num_examples: int, memory_bytes: int
     ) -> BudgetedPlan | BudgetError:
-        channels, height, width = self._image_shape
-        side = self._supernet.resolution(subnet)
-        shape = (channels, side or height, side or width)
+        form = replace(self._form, resolution=self._supernet.resolution(subnet))
         try:
             return plan_for_budget(
-                *(self._supernet, subnet, self._training, num_examples, shape, memory_bytes),
+                *(self._supernet, subnet, self._training, num_examples, form, memory_bytes),
                 kinds=(kind,),
                 statistics=self._statistics,
             )

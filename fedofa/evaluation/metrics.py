@@ -7,16 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedofa.finetune.engine import use_channels_last
+from fedofa.finetune.inputs import Inputs
 from fedofa.types.errors import DatasetError
 from fedofa.types.score import Score
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 250) -> Score:
+def evaluate(model: nn.Module, inputs: Inputs, labels: Tensor, *, batch_size: int = 250) -> Score:
     """Score a module in evaluation mode.
 
     Args:
-        inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
+        inputs: `(num_examples, channels, height, width)`, at the subnet's resolution where they are taken.
         labels: `(num_examples,)`, int64.
     """
     if not len(labels):

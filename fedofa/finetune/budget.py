@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.memory import TrainingMemory, training_memory
 from fedofa.finetune.plans import build_plan, choose_segments
 from fedofa.finetune.recipe import LocalTraining, largest_batch
@@ -42,7 +43,7 @@ def plan_for_budget(
     subnet: SubnetConfig,
     training: LocalTraining,
     num_examples: int,
-    input_shape: tuple[int, int, int],
+    form: ImageForm,
     memory_bytes: int,
     *,
     kinds: Sequence[str] = KINDS,
@@ -58,7 +59,7 @@ def plan_for_budget(
     Args:
         training: the recipe, whose batch size the gradients are those of.
         num_examples: of the client; all of them lie in memory.
-        input_shape: `(channels, height, width)` of one example as the subnet takes it.
+        form: of the examples, resized to what the subnet takes.
         memory_bytes: for training, left after the engine's own floor.
         kinds: what may train, the most valuable first (see `build_plan`).
         statistics: batch norm's mode.
@@ -70,7 +71,7 @@ def plan_for_budget(
     """
     if not kinds:
         raise ConfigError("plan_for_budget, kinds: expected at least one kind of plan, found none")
-    search = _Search(supernet.structure(subnet), training, num_examples, input_shape, memory_bytes, [])
+    search = _Search(supernet.structure(subnet), training, num_examples, form, memory_bytes, [])
     batch = largest_batch(num_examples, training.batch_size)
     blocks = supernet.block_costs(subnet)
     for kind in kinds:
@@ -127,7 +128,7 @@ class _Search:
     structure: nn.Module
     training: LocalTraining
     num_examples: int
-    input_shape: tuple[int, int, int]
+    form: ImageForm
     memory_bytes: int
     refused: list[tuple[int, str]]
 
@@ -147,7 +148,7 @@ class _Search:
         return found if found is None else replace(found, reason=self._reason())
 
     def _fit(self, plan: FineTunePlan) -> BudgetedPlan | None:
-        memory = training_memory(self.structure, plan, self.training, self.num_examples, self.input_shape)
+        memory = training_memory(self.structure, plan, self.training, self.num_examples, self.form)
         if memory.total_bytes > self.memory_bytes:
             self.refused.append((memory.total_bytes, _described(plan)))
             return None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from fedofa.finetune.inputs import Inputs
 from fedofa.finetune.plans import FEATURE_CACHE_REFUSAL
 from fedofa.types.errors import ConfigError
 from fedofa.types.plan import FineTunePlan
@@ -95,7 +96,7 @@ class FeatureCache:
         self._directory = directory
         self._entries: OrderedDict[str, tuple[bool, Tensor]] = OrderedDict()
 
-    def features(self, prefix: nn.Module, inputs: Tensor, batch_size: int, form: str) -> Tensor:
+    def features(self, prefix: nn.Module, inputs: Inputs, batch_size: int, form: str) -> Tensor:
         """The prefix's results for all inputs, from the cache where they are known.
 
         Args:
@@ -107,7 +108,7 @@ class FeatureCache:
         """
         if inputs.is_meta:
             with torch.no_grad():
-                return prefix(inputs)
+                return prefix(inputs[:])
         key = _digest(prefix, inputs, f"{form}/{batch_size}")
         if key not in self._entries:
             on_disk, found = self._compute(prefix, inputs, batch_size)
@@ -118,7 +119,7 @@ class FeatureCache:
         self._entries.move_to_end(key)
         return self._entries[key][1]
 
-    def _compute(self, prefix: nn.Module, inputs: Tensor, batch_size: int) -> tuple[bool, Tensor]:
+    def _compute(self, prefix: nn.Module, inputs: Inputs, batch_size: int) -> tuple[bool, Tensor]:
         """The results, written one batch after the other to where they stay; whether that is a file."""
         result, on_disk = None, False
         with torch.no_grad():
@@ -166,10 +167,12 @@ def _draws(layer: nn.Module) -> bool:
     return any(isinstance(module, _DropoutNd) and module.p > 0 for module in layer.modules())
 
 
-def _digest(prefix: nn.Module, inputs: Tensor, form: str) -> str:
+def _digest(prefix: nn.Module, inputs: Inputs, form: str) -> str:
     """16 bytes as hex digits over the prefix's layers, parameters and buffers, the inputs and the form."""
-    digest = hashlib.blake2b(f"{form}\n{prefix!r}".encode(), digest_size=16)
-    for name, tensor in (("inputs", inputs), *prefix.state_dict().items()):
+    side = None if isinstance(inputs, Tensor) else inputs.resolution
+    digest = hashlib.blake2b(f"{form}\n{side}\n{prefix!r}".encode(), digest_size=16)
+    given = {"inputs": inputs} if isinstance(inputs, Tensor) else inputs.tensors
+    for name, tensor in (*given.items(), *prefix.state_dict().items()):
         lies = tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
         digest.update(f"\n{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(np.ascontiguousarray(lies.detach().numpy()).data)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.features import feature_bytes
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining, batch_bounds, largest_batch
 from fedofa.finetune.trainer import fine_tune, label_objective, run_steps
@@ -38,7 +39,7 @@ class TrainingMemory:
 
     Args:
         weight_bytes: the model and the received copy of it.
-        input_bytes: all examples of the client, and their cached features.
+        input_bytes: all examples of the client as they are stored, and their cached features.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
             or that the delta takes beside gradients and state, after the last step.
         num_kernels: distinct convolutions that a process runs, of every size of batch.
@@ -107,7 +108,7 @@ def training_memory(
     plan: FineTunePlan,
     training: LocalTraining,
     num_examples: int,
-    input_shape: tuple[int, int, int],
+    form: ImageForm,
 ) -> TrainingMemory:
     """What training a model under the plan takes. Nothing is computed: one step runs on shapes alone, of a copy.
 
@@ -117,26 +118,25 @@ def training_memory(
         structure: the model on the meta device, as `Supernet.structure` gives it.
         training: the recipe, of which batch size and optimiser matter.
         num_examples: of the client.
-        input_shape: `(channels, height, width)` of one example.
+        form: of the examples as the client has them.
     """
     structure = copy.deepcopy(structure)
     batch = largest_batch(num_examples, training.batch_size)
     seen = min(batch, 2 * plan.micro_batch or batch)
     recipe = replace(training, optimiser="sgd", learning_rate=0.0, momentum=0.0, max_steps=1, batch_size=seen)
-    inputs = torch.zeros(seen, *input_shape, device="meta")
+    inputs = form.on_meta(seen)
     objective = label_objective(torch.zeros(seen, dtype=torch.int64, device="meta"), training.label_smoothing)
     use_channels_last(structure)
-    with LiveBytes((inputs, *structure.parameters(), *structure.buffers())) as live:
+    with LiveBytes((*inputs.tensors.values(), *structure.parameters(), *structure.buffers())) as live:
         run_steps(structure, plan, inputs, recipe, torch.Generator().manual_seed(0), objective)
     state = structure.state_dict()
-    example = inputs[0].nbytes
     slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
     shapes = {name: tuple(state[name].shape) for name in plan.changes}
     trained = sum(resident_bytes(4 * plan.num_trained(name, shape)) for name, shape in shapes.items())
-    unseen = (num_examples - seen) * feature_bytes(structure, plan, input_shape)
+    unseen = (num_examples - seen) * feature_bytes(structure, plan, form.input_shape)
     return TrainingMemory(
         weight_bytes=2 * sum(resident_bytes(tensor.nbytes) for tensor in state.values()),
-        input_bytes=resident_bytes(example * num_examples) + unseen,
+        input_bytes=resident_bytes(form.stored_bytes * num_examples) + unseen,
         step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
         num_kernels=len(live.kernels) * len(set(part_sizes(plan, training, num_examples))),
         resizes=live.resizes,

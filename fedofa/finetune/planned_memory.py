@@ -31,7 +31,6 @@ from fedofa.finetune.operator_memory import (
 from fedofa.finetune.recipe import LocalTraining, largest_batch
 from fedofa.types.plan import FineTunePlan
 
-_BYTES = 4
 _WARM_UP = 2000
 _UNKNOWN = -1
 _WORD = 64
@@ -111,9 +110,9 @@ class PlannedTrainingMemory(SubnetCostModel):
         return (2 * table.weights[traces].sum(axis=0) + self._inputs(batch) + step + engine) / MEGABYTE
 
     def _inputs(self, batch: SubnetBatch) -> np.ndarray:
-        """Bytes of all examples, `(num_subnets,)`."""
+        """Bytes of all examples as pixels of the resolution, `(num_subnets,)`."""
         sides, member = np.unique(self._input_elements[batch.operators[:, 0]], return_inverse=True)
-        sizes = [resident_bytes(_BYTES * int(side) * self.work.num_examples) for side in sides]
+        sizes = [resident_bytes(int(side) * self.work.num_examples) for side in sides]
         return np.array(sizes, np.int64)[member]
 
     def _peak(self, traces: np.ndarray) -> np.ndarray:

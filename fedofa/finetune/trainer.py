@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of
+from fedofa.finetune.inputs import Inputs
 from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd
 from fedofa.finetune.recipe import FineTuneResult, LocalTraining, batch_bounds
 from fedofa.types.delta import LowRank
@@ -32,7 +33,7 @@ def fine_tune(
     model: nn.Module,
     plan: FineTunePlan,
     received: Mapping[str, np.ndarray],
-    inputs: Tensor,
+    inputs: Inputs,
     labels: Tensor,
     training: LocalTraining,
     generator: torch.Generator,
@@ -45,7 +46,7 @@ def fine_tune(
         model: the subnet, holding the received weights.
         plan: what trains and how.
         received: the weights as they came, by name; the delta is taken against them.
-        inputs: `(num_examples, channels, height, width)`, normalised and at the subnet's resolution.
+        inputs: `(num_examples, channels, height, width)`, at the subnet's resolution where they are taken.
         labels: `(num_examples,)`, int64.
         training: the recipe.
         generator: draws the batches' order; another one of the same seed draws the rounding of compressed activations.
@@ -78,7 +79,7 @@ def _changes(
 def run_steps(
     model: nn.Module,
     plan: FineTunePlan,
-    inputs: Tensor,
+    inputs: Inputs,
     training: LocalTraining,
     generator: torch.Generator,
     objective: Objective,
@@ -143,8 +144,8 @@ def moved(images: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def _behind_features(
-    model: nn.Module, plan: FineTunePlan, inputs: Tensor, batch_size: int, cache: FeatureCache
-) -> tuple[nn.Module, Tensor]:
+    model: nn.Module, plan: FineTunePlan, inputs: Inputs, batch_size: int, cache: FeatureCache
+) -> tuple[nn.Module, Inputs]:
     """The part of the model that trains, and what it takes in place of the inputs."""
     cut = cut_of(model, plan)
     form = "lean" if plan.lean else "stock"
@@ -177,7 +178,7 @@ def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
 
 def _backward(
     model: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     batch: Tensor,
     offsets: Tensor | None,
     plan: FineTunePlan,
@@ -185,7 +186,7 @@ def _backward(
 ) -> Tensor:
     """Add the gradients of the batch's mean loss, one micro-batch after the other; returns that loss.
 
-    Images are copied a micro-batch at a time: a whole batch of large ones takes more than a small plan does.
+    Images are prepared a micro-batch at a time: a whole batch of large ones takes more than a small plan does.
     """
     size = plan.micro_batch or len(batch)
     total = None

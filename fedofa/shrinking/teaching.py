@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fedofa.finetune.engine import use_channels_last
+from fedofa.finetune.inputs import Inputs
 from fedofa.finetune.trainer import Objective, label_objective
 from fedofa.shrinking.losses import build_distance
 from fedofa.shrinking.schedule import TeacherLoss
 
 
 @torch.no_grad()
-def teacher_logits(teacher: nn.Module, inputs: Tensor, batch_size: int) -> Tensor:
+def teacher_logits(teacher: nn.Module, inputs: Inputs, batch_size: int) -> Tensor:
     """Logits `(num_examples, num_classes)` of a module in evaluation mode."""
     teacher.eval()
     use_channels_last(teacher)

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.memory import LiveBytes, TrainingMemory, scratch_bytes
 from fedofa.finetune.plans import build_plan, choose_segments
 from fedofa.finetune.recipe import LocalTraining
@@ -29,12 +30,13 @@ BATCH_NORM = build_supernet(norm="batch")
 SUBNET = SUPERNET.space.largest()
 BLOCKS = SUPERNET.block_costs(SUBNET)
 SHAPE = (1, 24, 24)
+FORM = ImageForm(SHAPE)
 TRAINING = LocalTraining(batch_size=8)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/memory_budgets.py"
 
 
 def plan_in(memory_bytes: int, **settings):
-    return plan_for_budget(SUPERNET, SUBNET, TRAINING, 16, SHAPE, memory_bytes, **settings)
+    return plan_for_budget(SUPERNET, SUBNET, TRAINING, 16, FORM, memory_bytes, **settings)
 
 
 def test_live_bytes_follow_every_tensor_once_from_first_to_last():
@@ -140,7 +142,7 @@ def test_exactly_the_smallest_budget_that_an_error_names_succeeds(
 
     def plan(memory_bytes):
         options = {"kinds": kinds, "statistics": statistics}
-        return plan_for_budget(supernet, subnet, training, num_examples, SHAPE, memory_bytes, **options)
+        return plan_for_budget(supernet, subnet, training, num_examples, FORM, memory_bytes, **options)
 
     with pytest.raises(BudgetError) as caught:
         plan(0)
@@ -163,8 +165,8 @@ def test_levers_come_in_the_order_of_their_cost_and_the_plan_says_why():
     assert [plan.micro_batch for plan in names] == [0, 4, 2, 1, 1, 1]
     assert [plan.kept for plan in names] == [*4 * ["float32"], "bfloat16", "int8"]  # segments gain nothing here
     assert all("recompute" in plan.levers for plan in names[4:])
-    alone = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, SHAPE, 10**10)
-    fused = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, SHAPE, alone.memory.total_bytes - 1)
+    alone = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, FORM, 10**10)
+    fused = plan_for_budget(SUPERNET, SUBNET, TRAINING, 1, FORM, alone.memory.total_bytes - 1)
     assert (alone.plan.levers, fused.plan.levers) == (frozenset({"lean"}), frozenset({"lean", "fused_step"}))
 
 

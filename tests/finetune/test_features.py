@@ -11,6 +11,7 @@ from torch import nn
 
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of, feature_bytes
+from fedofa.finetune.inputs import ImageForm, stored_inputs
 from fedofa.finetune.memory import training_memory
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
@@ -186,7 +187,22 @@ def test_dropout_ends_the_prefix():
 
 def test_features_count_in_the_memory_model():
     model, plan = GROUP.structure(SUBNET), plan_of(GROUP, "head", feature_cache=True, lean=True)
-    few, many = (training_memory(model, plan, SGD, count, (1, 20, 20)).total_bytes for count in (100, 1100))
+    few, many = (training_memory(model, plan, SGD, count, ImageForm((1, 20, 20))).total_bytes for count in (100, 1100))
     size = feature_bytes(model, plan, (1, 20, 20))
     assert size == 4 * dict(model.named_parameters())["classifier.weight"].shape[1]
-    assert many - few == pytest.approx(1000 * (size + 1600), abs=8192)
+    assert many - few == pytest.approx(1000 * (size + 400), abs=8192)
+
+
+def test_stored_images_are_known_by_their_pixels_and_by_how_they_are_prepared():
+    images = np.random.default_rng(0).integers(256, size=(10, 1, 16, 16), dtype=np.uint8)
+    others = images.copy()
+    others[3, 0, 5, 5] ^= 1
+    forms = [(images, 0.5, 20), (others, 0.5, 20), (images, 0.25, 20), (images, 0.5, 24)]
+    cache, prefix = FeatureCache(), Counted()
+    seen = []
+    for pixels, mean, side in [*forms, *forms]:
+        inputs = stored_inputs(pixels, [mean], [0.5], side)
+        features = cache.features(prefix, inputs, 4, "stock")
+        assert torch.equal(features, 2 * inputs[:])
+        seen.append(prefix.seen)
+    assert seen == [10, 20, 30, 40, 40, 40, 40, 40]

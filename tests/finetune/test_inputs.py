@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.inputs import ImageForm, prepare_inputs, stored_inputs
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 2, 12, 10), dtype=np.uint8)
 MEAN, STD = [0.25, 0.5], [0.1, 0.4]
+MEASURED = np.random.default_rng(2).normal(3.0, 2.0, (3, 2, 12, 10)).astype(np.float32)
 
 
 def test_pixels_are_scaled_and_normalised_per_channel():
@@ -50,3 +51,30 @@ def test_measurements_are_taken_as_they_are_and_normalised_per_channel_or_row(by
     found = prepare_inputs(values, mean.tolist(), std.tolist())
     np.testing.assert_allclose(found.numpy(), (values - mean.reshape(shape)) / std.reshape(shape), rtol=1e-5, atol=1e-6)
     assert prepare_inputs(values, mean.tolist(), std.tolist(), 8).shape == (4, 2, 8, 8)
+
+
+@pytest.mark.parametrize("images", [IMAGES, MEASURED], ids=["pixels", "measurements"])
+@pytest.mark.parametrize("resolution", [None, 6, 16])
+def test_a_part_is_prepared_to_the_bits_of_the_whole_and_nothing_stored_changes(images, resolution):
+    kept = images.copy()
+    kept.setflags(write=False)
+    stored = stored_inputs(kept, MEAN, STD, resolution)
+    whole = prepare_inputs(images, MEAN, STD, resolution)
+    part = torch.tensor([2, 0, 2])
+    assert len(stored) == 3
+    assert torch.equal(stored[part], whole[part])
+    assert torch.equal(stored[1:3], whole[1:3])
+    assert torch.equal(torch.cat(list(stored.split(2))), whole)
+    assert np.shares_memory(stored.images.numpy(), kept)
+    np.testing.assert_array_equal(kept, images)
+
+
+def test_a_form_says_what_examples_take_and_gives_their_shapes():
+    pixels = ImageForm((2, 12, 10), resolution=6)
+    assert pixels.stored_bytes == IMAGES[0].nbytes
+    assert pixels.input_shape == (2, 6, 6)
+    assert pixels.on_meta(3)[torch.tensor([0, 1])].shape == (2, 2, 6, 6)
+    measured = ImageForm((2, 12, 10), 4)
+    assert measured.stored_bytes == MEASURED[0].nbytes
+    assert measured.input_shape == (2, 12, 10)
+    assert measured.on_meta(3)[:].shape == (3, 2, 12, 10)

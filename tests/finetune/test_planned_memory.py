@@ -9,6 +9,7 @@ from cohorts import SPECS
 from fedofa.device.cost import LocalWork
 from fedofa.device.operators import OperatorIndex, SubnetBatch
 from fedofa.device.training import PlannedPlaces
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.memory import training_memory
 from fedofa.finetune.planned_memory import PlannedTrainingMemory
 from fedofa.finetune.plans import build_plan
@@ -46,7 +47,7 @@ def test_it_is_what_a_step_of_the_whole_subnet_takes(name, kind, levers):
         network = supernet.network_spec(subnet)
         shape = (network.in_channels, network.resolution, network.resolution)
         plan, training = plan_of(supernet.block_costs(subnet)), LocalTraining(batch_size=BATCH_SIZE)
-        figure = training_memory(supernet.structure(subnet), plan, training, NUM_EXAMPLES, shape)
+        figure = training_memory(supernet.structure(subnet), plan, training, NUM_EXAMPLES, ImageForm(shape))
         assert 0.999 <= megabytes * 1e6 / figure.total_bytes <= 1.015
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedofa.device.allocator import tune_allocator
+from fedofa.finetune.inputs import stored_inputs
 from fedofa.finetune.memory import warm_up
 from fedofa.finetune.trainer import LocalTraining, fine_tune
 from fedofa.supernet.base import fill_skeleton
@@ -53,10 +54,10 @@ def main() -> None:
         for item in supernet.slice_map(subnet)
     }
     model = fill_skeleton(supernet.structure(subnet), {name: torch.tensor(values) for name, values in received.items()})
-    inputs = torch.from_numpy(rng.normal(size=(NUM_EXAMPLES, 3, SIDE, SIDE)).astype(np.float32))
+    inputs = stored_inputs(rng.integers(256, size=(NUM_EXAMPLES, 3, SIDE, SIDE), dtype=np.uint8), [0.5] * 3, [0.25] * 3)
     labels = torch.arange(NUM_EXAMPLES) % 10
     if sys.argv[1] == "stock":
-        stock(model, inputs, labels)
+        stock(model, inputs[:], labels)
         return
     training = LocalTraining(batch_size=BATCH_SIZE, max_steps=2, learning_rate=0.01)
     chosen = FineTunePlan.from_json(json.loads(plan))

@@ -14,6 +14,7 @@ import pytest
 from cgroup_client import BATCH_SIZE, NUM_EXAMPLES, SIDE
 
 from fedofa.finetune.budget import plan_for_budget
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.pretrained import READY_MADE
@@ -82,7 +83,7 @@ def test_a_planned_client_completes_what_stock_fine_tuning_is_killed_in(group):
     training = LocalTraining(batch_size=BATCH_SIZE, max_steps=2)
     with start(group, "lean") as process:
         left = LIMIT - int(process.stdout.readline())
-        found = plan_for_budget(SUPERNET, SUBNET, training, NUM_EXAMPLES, (3, SIDE, SIDE), left)
+        found = plan_for_budget(SUPERNET, SUBNET, training, NUM_EXAMPLES, ImageForm((3, SIDE, SIDE)), left)
         out, errors = process.communicate(json.dumps(found.plan.to_json()) + "\n")
     assert process.returncode == 0, errors[-2000:]
     assert found.plan.name == "full"

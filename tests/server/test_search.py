@@ -13,6 +13,7 @@ from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex
 from fedofa.device.profile import MeasuredDevice, describe_machine
 from fedofa.finetune import planned_memory
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.memory import training_memory
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
@@ -110,7 +111,7 @@ def test_training_memory_is_limited_under_a_lean_plan(board, index, plan):
         build_plan(plan, blocks, lean=True, micro_batch=1),
         LocalTraining(batch_size=8),
         40,
-        (1, side, side),
+        ImageForm((1, side, side)),
     )
     assert 0.75 * limit < figure.total_bytes / 1e6 <= limit
 
