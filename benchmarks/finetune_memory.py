@@ -27,7 +27,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of
+from fedofa.finetune.holding import hold
 from fedofa.finetune.inputs import Inputs, stored_inputs
 from fedofa.finetune.plans import build_plan, choose_segments, needs_contributions
 from fedofa.finetune.probing import measure_contributions
@@ -180,12 +180,11 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
         weights: the file of `save_largest`.
     """
     received = load_file(weights)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in received.items()}
-    model = structure.assemble(structure.space.largest(), tensors)
-    del tensors
+    model = hold(structure.structure(structure.space.largest()), received, plan)
     features = FeatureCache()
-    pixels = np.random.default_rng(0).integers(256, size=(_BATCH, 3, resolution, resolution), dtype=np.uint8)
-    inputs, few = (stored_inputs(images, [0.5] * 3, [0.25] * 3) for images in (pixels, pixels[:2, :, :64, :64]))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (_BATCH, 3, resolution, resolution), dtype=torch.uint8, generator=generator).numpy()
+    inputs, few = (stored_inputs(images, [0.5] * 3, [0.25] * 3) for images in (pixels, pixels[:2, :, :32, :32]))
     labels = torch.arange(_BATCH) % 10
 
     def train(images: Inputs, steps: int) -> None:

@@ -28,13 +28,14 @@ from rich.progress import Progress
 
 from fedofa.device.allocator import tune_allocator
 from fedofa.finetune.budget import KINDS, BudgetError, plan_for_budget
+from fedofa.finetune.holding import hold
 from fedofa.finetune.inputs import ImageForm, stored_inputs
 from fedofa.finetune.memory import warm_up
 from fedofa.finetune.plans import needs_contributions
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import LocalTraining, fine_tune
-from fedofa.supernet.base import Supernet, fill_skeleton
+from fedofa.supernet.base import Supernet
 from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.elastic import ElasticSpec
 from fedofa.supernet.families import build_elastic, build_supernet
@@ -126,11 +127,7 @@ def train(supernet: Supernet, subnet: SubnetConfig, row: dict[str, Any], images:
     packed = np.full(sum(sizes), 0.01, np.float32)
     parts = np.split(packed, np.cumsum(sizes)[:-1])
     received = {item.name: part.reshape(item.shape) for item, part in zip(slices, parts, strict=True)}
-    empty = {item.name: torch.empty(item.shape) for item in slices}
-    model = fill_skeleton(supernet.structure(subnet, plan.parametrised), empty)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            tensor.numpy()[...] = received[name]
+    model = hold(supernet.structure(subnet, plan.parametrised), received, plan)
     inputs = stored_inputs(images, [0.5] * 3, [0.25] * 3, supernet.resolution(subnet))
     labels = torch.arange(len(inputs)) % _NUM_CLASSES
     training = LocalTraining(**row["training"])

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedofa.supernet.base import Supernet, fill_skeleton
+from fedofa.finetune.holding import hold
+from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import build_supernet
 from fedofa.supernet.slices import SliceMap
 from fedofa.types.errors import WireError
@@ -31,17 +32,15 @@ class SubnetCache:
     def load(self, task: ClientTask, received: Mapping[str, np.ndarray]) -> tuple[nn.Module, Supernet]:
         """The task's subnet holding the received tensors, and the supernet's structure (no weights).
 
+        Frozen tensors are those that were received, until the next task with the subnet.
+
         Raises:
             WireError: when the received tensors are not the subnet's.
         """
         supernet = self.structure(task)
         slices = supernet.slice_map(task.subnet, task.plan.parametrised)
         _check_tensors("task", slices, received)
-        module = self._module(supernet, task.subnet, slices, task.plan.parametrised)
-        with torch.no_grad():
-            for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                tensor.numpy()[...] = received[name]
-        return module, supernet
+        return hold(self._module(supernet, task), received, task.plan), supernet
 
     def structure(self, task: ClientTask) -> Supernet:
         """The supernet that a task belongs to, without weights."""
@@ -51,11 +50,10 @@ class SubnetCache:
             self._modules.clear()
         return self._supernet
 
-    def _module(self, supernet: Supernet, subnet: SubnetConfig, slices: SliceMap, parametrised: bool) -> nn.Module:
-        key = (subnet, parametrised)
+    def _module(self, supernet: Supernet, task: ClientTask) -> nn.Module:
+        key = (task.subnet, task.plan.parametrised)
         if key not in self._modules:
-            empty = {item.name: torch.empty(item.shape) for item in slices}
-            self._modules[key] = fill_skeleton(supernet.structure(subnet, parametrised), empty)
+            self._modules[key] = supernet.structure(*key)
             if len(self._modules) > _MAX_MODULES:
                 self._modules.popitem(last=False)
         self._modules.move_to_end(key)

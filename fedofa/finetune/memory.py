@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,11 +23,11 @@ from torch.utils._pytree import tree_iter
 from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.engine import use_channels_last
 from fedofa.finetune.features import feature_bytes
+from fedofa.finetune.holding import held_bytes, hold
 from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining, batch_bounds, largest_batch
 from fedofa.finetune.trainer import fine_tune, label_objective, run_steps
-from fedofa.supernet.base import fill_skeleton
 from fedofa.supernet.mbconv import StageSpec
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.resnet import ResidualStageSpec, ResNetSpec, ResNetSupernet
@@ -38,7 +39,7 @@ class TrainingMemory:
     """What training takes above the engine's floor (see `warm_up`), in bytes.
 
     Args:
-        weight_bytes: the model and the received copy of it.
+        weight_bytes: the received tensors, and the model's copies of some.
         input_bytes: all examples of the client as they are stored, and their cached features.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
             or that the delta takes beside gradients and state, after the last step.
@@ -94,10 +95,9 @@ def warm_up() -> None:
     )
     for supernet in (MobileNetV3Supernet(inverted), ResNetSupernet(residual)):
         subnet = supernet.space.largest()
-        tensors = {item.name: torch.zeros(item.shape) for item in supernet.slice_map(subnet)}
-        received = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
-        model = fill_skeleton(supernet.structure(subnet), tensors)
+        received = {item.name: np.zeros(item.shape, np.float32) for item in supernet.slice_map(subnet)}
         plan = build_plan("full", supernet.block_costs(subnet), statistics="frozen", lean=True)
+        model = hold(supernet.structure(subnet), received, plan)
         side = supernet.resolution(subnet) or 0
         inputs, labels = torch.zeros(2, 3, side, side), torch.zeros(2, dtype=torch.int64)
         fine_tune(model, plan, received, inputs, labels, LocalTraining(max_steps=2), torch.Generator().manual_seed(0))
@@ -135,7 +135,7 @@ def training_memory(
     trained = sum(resident_bytes(4 * plan.num_trained(name, shape)) for name, shape in shapes.items())
     unseen = (num_examples - seen) * feature_bytes(structure, plan, form.input_shape)
     return TrainingMemory(
-        weight_bytes=2 * sum(resident_bytes(tensor.nbytes) for tensor in state.values()),
+        weight_bytes=held_bytes(state, plan),
         input_bytes=resident_bytes(form.stored_bytes * num_examples) + unseen,
         step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
         num_kernels=len(live.kernels) * len(set(part_sizes(plan, training, num_examples))),

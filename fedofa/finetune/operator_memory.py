@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedofa.device.allocator import resident_bytes
 from fedofa.device.operators import Operator
 from fedofa.finetune.engine import planned
+from fedofa.finetune.holding import held_bytes
 from fedofa.finetune.memory import LiveBytes
 from fedofa.finetune.ops.codes import bit_table
 from fedofa.finetune.trainer import label_objective
@@ -61,7 +62,7 @@ class OperatorTrace:
         backward_bytes: the most that its backward pass has at a time, with what it keeps and, unless they are
             accumulated, the gradients of its parameters; 0 where none comes to it.
         gradient_bytes: of what trains.
-        weight_bytes: parameters and statistics.
+        weight_bytes: parameters and statistics as received, and the model's copies of some.
         kernels: its distinct convolutions, each as a text that names it.
         resizes: whether maps are resized.
         gives: the layout of its result.
@@ -124,8 +125,8 @@ def trace_operator(
         dropout: probability of the dropout before the classifier; label_smoothing: of its loss.
     """
     block = _layers(operator, dropout)
-    weights = sum(resident_bytes(tensor.nbytes) for tensor in block.state_dict().values())
     batch, plan = treatment.batch, treatment.plan
+    weights = held_bytes(block.state_dict(), plan)
     anchor = torch.zeros(1, device="meta", requires_grad=treatment.reached)
     bit_table(anchor.dtype, anchor.device)  # a process makes it once, for whatever needs it first
     labels, order = torch.zeros(batch, dtype=torch.int64, device="meta"), torch.arange(batch)

@@ -107,7 +107,7 @@ class PlannedTrainingMemory(SubnetCostModel):
         kernels = np.bitwise_count(np.bitwise_or.reduce(table.kernels[traces], axis=0)).sum(axis=1, dtype=np.int64)
         resizes = table.resizes[traces].any(axis=0)
         engine = PROCESS_BYTES + kernels * self._num_sizes * KERNEL_BYTES + resizes * RESIZING_BYTES
-        return (2 * table.weights[traces].sum(axis=0) + self._inputs(batch) + step + engine) / MEGABYTE
+        return (table.weights[traces].sum(axis=0) + self._inputs(batch) + step + engine) / MEGABYTE
 
     def _inputs(self, batch: SubnetBatch) -> np.ndarray:
         """Bytes of all examples as pixels of the resolution, `(num_subnets,)`."""

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from fedofa.device.allocator import tune_allocator
+from fedofa.finetune.holding import hold
 from fedofa.finetune.inputs import stored_inputs
 from fedofa.finetune.memory import warm_up
 from fedofa.finetune.trainer import LocalTraining, fine_tune
-from fedofa.supernet.base import fill_skeleton
 from fedofa.supernet.families import build_supernet
 from fedofa.types.plan import FineTunePlan
 
@@ -53,14 +53,15 @@ def main() -> None:
         else rng.normal(0, np.sqrt(2 / np.prod(item.shape[1:])), item.shape).astype(np.float32)
         for item in supernet.slice_map(subnet)
     }
-    model = fill_skeleton(supernet.structure(subnet), {name: torch.tensor(values) for name, values in received.items()})
     inputs = stored_inputs(rng.integers(256, size=(NUM_EXAMPLES, 3, SIDE, SIDE), dtype=np.uint8), [0.5] * 3, [0.25] * 3)
     labels = torch.arange(NUM_EXAMPLES) % 10
     if sys.argv[1] == "stock":
+        model = supernet.assemble(subnet, {name: torch.tensor(values) for name, values in received.items()})
         stock(model, inputs[:], labels)
         return
     training = LocalTraining(batch_size=BATCH_SIZE, max_steps=2, learning_rate=0.01)
     chosen = FineTunePlan.from_json(json.loads(plan))
+    model = hold(supernet.structure(subnet), received, chosen)
     result = fine_tune(model, chosen, received, inputs, labels, training, torch.Generator().manual_seed(0))
     moved = sum(float(np.abs(values).max()) > 0 for values in result.weights.values())
     print(
