@@ -40,7 +40,11 @@ class ConvGeometry:
 
     def is_pointwise(self, weight: Tensor) -> bool:
         """Whether each position is multiplied by one matrix."""
-        return weight.shape[2:] == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1
+        return self._reads_points(weight) and self.stride == (1, 1)
+
+    def _reads_points(self, weight: Tensor) -> bool:
+        """Whether each result is one position's product with one matrix; with a stride some positions have none."""
+        return weight.shape[2:] == (1, 1) and self.padding == (0, 0) and self.groups == 1
 
     def input_gradient(self, grad: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of the input of that shape, given the result's gradient `(batch, out_channels, h', w')`."""
@@ -62,6 +66,10 @@ class ConvGeometry:
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the weight `(out_channels, in_channels / groups, k, k)`, given the input and the result's."""
+        if self._reads_points(weight) and self.stride != (1, 1):  # oneDNN's kernel crashes on AVX2 for few channels
+            height, width = grad.shape[2:]
+            x = x[:, :, :: self.stride[0], :: self.stride[1]][:, :, :height, :width]
+            return (_rows(grad).t() @ _rows(x)).view(weight.shape)
         if self.is_pointwise(weight) and _channels_innermost(grad) and _channels_innermost(x):
             return (_rows(grad).t() @ _rows(x)).view(weight.shape)
         if self.is_depthwise(weight) and max(weight.shape[2:]) > _LARGEST_STOCK_KERNEL:

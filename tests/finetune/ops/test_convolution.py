@@ -73,3 +73,17 @@ def test_the_weight_gradient_adds_up_the_parts_of_a_large_batch():
     parts = sum(geometry.weight_gradient(grad[i : i + 1], x[i : i + 1], weight) for i in range(5))
     found = geometry.weight_gradient(grad, x, weight)
     assert (found - parts).norm() <= 1e-6 * parts.norm()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 8])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_pointwise_convolutions_with_strides_take_few_channels(channels, layout):
+    """torch 2.13's own gradient ends the process for some of them, on processors without AVX-512."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, channels, 13, 12, generator=generator).contiguous(memory_format=layout)
+    weight = torch.randn(48, channels, 1, 1, generator=generator)
+    geometry = ConvGeometry((2, 2), (0, 0), (1, 1), 1)
+    grad = torch.randn(3, 48, 7, 6, generator=generator).contiguous(memory_format=layout)
+    expected = torch.einsum("bohw,bihw->oi", grad.double(), x[:, :, ::2, ::2].double())
+    found = geometry.weight_gradient(grad, x, weight)
+    torch.testing.assert_close(found[..., 0, 0].double(), expected, rtol=1e-4, atol=1e-4)
