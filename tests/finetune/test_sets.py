@@ -9,6 +9,7 @@ from cohorts import SPECS, build_supernet
 
 from fedofa.finetune.budget import plan_for_budget
 from fedofa.finetune.engine import planned
+from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.recipe import LocalTraining
@@ -193,7 +194,7 @@ def test_a_fixed_network_trains_sparsely():
 
 @pytest.mark.parametrize("kind", ["sparse(0.3)", "lora(2)"])
 def test_a_budget_is_planned_for_with_these_kinds(kind):
-    sizes = {"num_examples": 8, "input_shape": (1, 20, 20)}
+    sizes = {"num_examples": 8, "form": ImageForm((1, 20, 20))}
     given = {"kinds": (kind, "head"), "contributions": contributions()}
     found = plan_for_budget(GROUP, SUBNET, SGD, memory_bytes=10**9, **sizes, **given)
     assert found.plan.name == kind
