@@ -154,12 +154,17 @@ def build_parts(conf: SimulateConf) -> Parts:
         _check_kept_statistics(conf, supernet)
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by=conf.evaluation.calibration)
     sparse = needs_contributions(conf.finetune.plans)
-    plans = _plans(conf.finetune, contributions=scorer.contributions(supernet.state()) if sparse else None)
+    contributions = scorer.contributions(supernet.state()) if sparse else None
+    plans = _plans(conf.finetune, contributions=contributions)
     smallest = supernet.block_costs(supernet.space.smallest())
     for plan_of in itertools.chain.from_iterable(plans):
         plan_of(smallest)  # a plan that some subnet cannot follow is refused before anything starts
     search = FitSearch(
-        supernet.space, supernet.block_costs, plans, AnalyticCostModel(), _plan_within(conf, supernet, training, images)
+        supernet.space,
+        supernet.block_costs,
+        plans,
+        AnalyticCostModel(),
+        _plan_within(conf, supernet, training, images, contributions),
     )
     schedule = _schedule(conf, supernet, data)
     assigner = _assigner(conf, supernet, search) if by == "search" else None
@@ -320,7 +325,11 @@ def _plans(
 
 
 def _plan_within(
-    conf: SimulateConf, supernet: Supernet, training: LocalTraining, images: ImageSet
+    conf: SimulateConf,
+    supernet: Supernet,
+    training: LocalTraining,
+    images: ImageSet,
+    contributions: Contributions | None,
 ) -> BudgetedPlans | None:
     """What makes plans for a device's memory, where the settings ask for such plans."""
     finetune = conf.finetune
@@ -337,7 +346,7 @@ def _plan_within(
         )
     _, channels, height, width = images.images.shape
     form = ImageForm((channels, height, width), images.images.itemsize)
-    return BudgetedPlans(supernet, training, form, finetune.statistics)
+    return BudgetedPlans(supernet, training, form, finetune.statistics, contributions)
 
 
 def _check(conf: SimulateConf) -> None:

@@ -11,6 +11,7 @@ from fedofa.device.cost import LocalWork, RoundCost
 from fedofa.finetune.budget import BudgetedPlan, BudgetError, plan_for_budget
 from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.recipe import LocalTraining
+from fedofa.finetune.sparse import Contributions
 from fedofa.search.fit import Budgets, Fit, FitSearch
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.costs import BlockCost
@@ -34,10 +35,19 @@ class BudgetedPlans:
         training: the clients' recipe.
         form: of the clients' images; their resolution is the subnet's.
         statistics: batch norm's mode.
+        contributions: of the supernet's layers, for "sparse" kinds.
     """
 
-    def __init__(self, supernet: Supernet, training: LocalTraining, form: ImageForm, statistics: str) -> None:
-        self._supernet, self._training, self._form, self._statistics = supernet, training, form, statistics
+    def __init__(
+        self,
+        supernet: Supernet,
+        training: LocalTraining,
+        form: ImageForm,
+        statistics: str,
+        contributions: Contributions | None = None,
+    ) -> None:
+        self._supernet, self._training, self._form = supernet, training, form
+        self._statistics, self._contributions = statistics, contributions
         self._known = lru_cache(maxsize=4096)(self._plan)
 
     def __call__(
@@ -69,6 +79,7 @@ class BudgetedPlans:
                 *(self._supernet, subnet, self._training, num_examples, form, memory_bytes),
                 kinds=(kind,),
                 statistics=self._statistics,
+                contributions=self._contributions,
             )
         except BudgetError as error:
             return error

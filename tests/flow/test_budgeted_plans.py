@@ -5,6 +5,7 @@ import json
 import pytest
 
 from conf.compose import compose_conf
+from fedofa.device.cost import LocalWork
 from fedofa.types.errors import ConfigError
 from server.federation import build_parts
 
@@ -35,6 +36,17 @@ def test_where_memory_is_plenty_such_plans_are_lean_ones(simulate, tmp_path):
     weights = [(tmp_path / name / "supernet.safetensors").read_bytes() for name in ("planned", "lean")]
     assert weights[0] == weights[1]
     assert planned["bytes_up"] == lean["bytes_up"]
+
+
+def test_sparse_kinds_are_planned_for_too(overrides, tmp_path):
+    settings = ["finetune.planner=budget", "finetune.plans=['sparse(0.3)']", "data.calibration_examples=50"]
+    parts = build_parts(compose_conf(overrides(tmp_path, *settings)))
+    assert parts.search.plan_within is not None
+    work = LocalWork(num_examples=8, num_samples=8, batch_size=8)
+    plan, taken = parts.search.plan_within(parts.supernet.space.smallest(), "sparse(0.3)", work, 1e8)
+    assert plan.name == "sparse(0.3)"
+    assert plan.lean
+    assert 0 < taken < 1e8
 
 
 def test_levers_that_the_planner_chooses_are_refused(overrides, tmp_path):
