@@ -214,6 +214,11 @@ def print_best(name: str, found: Mapping[Row, Mapping[str, float]], chosen: Call
     """One line for machines: the least peak of some rows that are exact and not slower than stock."""
     stock = found[ROWS[0]]
     fast = [item for row, item in found.items() if row.is_exact and chosen(row) and item["seconds"] <= stock["seconds"]]
+    if not fast:
+        print(
+            f"{name}full_mb={stock['peak']:.1f} best_mb=nan ratio=nan time_ratio=nan (no such row is as fast as stock)"
+        )
+        return
     best = min(fast, key=lambda item: item["peak"])
     print(
         f"{name}full_mb={stock['peak']:.1f} best_mb={best['peak']:.1f} ratio={stock['peak'] / best['peak']:.1f} "
