@@ -1,8 +1,8 @@
 """A received subnet as a module that trains: what stays frozen is read where it was received, the rest is copied.
 
 Received tensors stay until the delta is taken against them, so that a copy of what does not change would only take
-memory. Convolutions with channels innermost and everything small are copied all the same: training wants weights in a
-layout of its own (`engine.use_channels_last`), and libraries that multiply matrices may round by where these begin.
+memory. Dense convolutions above 1 x 1 are copied all the same, since training lays them out anew
+(`engine.use_channels_last`), and so are matrices, since libraries that multiply them may round by where they begin.
 """
 
 from __future__ import annotations
