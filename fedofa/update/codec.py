@@ -31,6 +31,7 @@ float16 or bfloat16 (the upper half of a float32).
 The checksum finds damage, not forgery: who sent a buffer is for its signature to say.
 """
 
+import itertools
 import json
 import math
 import reprlib
@@ -45,6 +46,7 @@ import numpy as np
 import xxhash
 
 from fedofa.types.errors import ConfigError, WireError
+from fedofa.update.new_bytes import new_bytes
 
 _MAGIC = b"\x89FDOFA\r\n"
 _VERSION = 1
@@ -168,10 +170,10 @@ def decode_packed(buffer: bytes | bytearray | memoryview, *, kind: str) -> Packe
 
 
 class _Layout(NamedTuple):
-    """What a buffer is going to hold: its arrays by stream, the parts of the body with its gaps, and its bytes."""
+    """What a buffer is going to hold: its arrays by stream, their elements in the same order, and its bytes."""
 
     entries: dict[str, list[_Entry]]
-    body: list[Any]
+    elements: list[np.ndarray]
     body_bytes: int
 
 
@@ -182,17 +184,19 @@ def _encode(
         raise ConfigError(f"float_dtype: expected one of {', '.join(_FLOAT_WIRES)}, found {float_dtype!r}; choose one")
     layout = _lay_out(streams, float_dtype)
     manifest = _encode_manifest(kind, header, layout.entries)
+    head_bytes = _PREFIX.size + len(manifest)
+    buffer, memory = new_bytes(head_bytes + layout.body_bytes)
+    memory[_PREFIX.size : head_bytes] = manifest
     checksum = xxhash.xxh3_128(manifest)
-    for part in layout.body:
-        checksum.update(part)
-    prefix = _PREFIX.pack(_MAGIC, _VERSION, len(manifest), layout.body_bytes, checksum.digest())
-    return b"".join((prefix, manifest, *layout.body)), layout
+    _write_body(layout, memory[head_bytes:], checksum)
+    _PREFIX.pack_into(memory, 0, _MAGIC, _VERSION, len(manifest), layout.body_bytes, checksum.digest())
+    return buffer, layout
 
 
 def _lay_out(streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str) -> _Layout:
     """Gives every array its place."""
     layout: dict[str, list[_Entry]] = {}
-    body: list[Any] = []
+    elements: list[np.ndarray] = []
     end = 0
     for stream, arrays in streams.items():
         _check_name(stream, "a stream's name")
@@ -200,30 +204,36 @@ def _lay_out(streams: Mapping[str, Mapping[str, np.ndarray]], float_dtype: str) 
         for name, array in arrays.items():
             if type(name) is not str:
                 _check_name(name, f"the name of an array in stream {stream!r}")
-            dtype, wire, data = _to_wire(array, float_dtype, stream, name)
-            gap = -end % _ALIGNMENT_BYTES
-            if gap:
-                body.append(_ZEROS[:gap])
-            body.append(data)
-            start = end + gap
-            end = start + data.nbytes
+            dtype, wire, values = _to_wire(array, float_dtype, stream, name)
+            elements.append(values)
+            start = _aligned(end)
+            end = start + array.size * _WIRES[wire].itemsize
             entries.append(_Entry(name, dtype, wire, array.shape, start, end))
-    return _Layout(layout, body, end)
+    return _Layout(layout, elements, end)
+
+
+def _write_body(layout: _Layout, body: memoryview, checksum: xxhash.xxh3_128) -> None:
+    """Writes every array to its place and the gaps between, and adds all of it to the checksum while it is at hand."""
+    end = 0
+    for entry, values in zip(itertools.chain.from_iterable(layout.entries.values()), layout.elements, strict=True):
+        body[end : entry.offset] = _ZEROS[: entry.offset - end]
+        np.ndarray(entry.shape, _WIRES[entry.wire], body, entry.offset)[...] = values
+        checksum.update(body[end : entry.end])
+        end = entry.end
 
 
 def _to_wire(array: np.ndarray, float_dtype: str, stream: str, name: str) -> tuple[str, str, np.ndarray]:
-    """Gives dtype, wire and the elements, contiguous and little-endian: `array` itself where it is so already."""
+    """Gives dtype, wire and the elements, in any order of bytes and memory: `array` itself but for a 16-bit float."""
     if type(array) is np.ndarray and array.dtype is _PLAIN and float_dtype == "float32":  # nearly all
-        return "float32", "float32", array if array.flags.c_contiguous else array.copy()
+        return "float32", "float32", array
     dtype = _NAMES.get((array.dtype.kind, array.dtype.itemsize)) if isinstance(array, np.ndarray) else None
     if dtype is None:
         _refuse_array(array, f"stream {stream!r}, array {name!r}")
-    as_it_is = array.flags.c_contiguous and array.dtype == _DTYPES[dtype]
-    data = array if as_it_is else np.ascontiguousarray(array, dtype=_DTYPES[dtype])
     wire = float_dtype if dtype == "float32" else dtype
     if wire in _INFINITY_BITS:
-        data = _narrow(data.reshape(-1), wire, f"stream {stream!r}, array {name!r}")
-    return dtype, wire, data
+        flat = np.ascontiguousarray(array, dtype=_PLAIN).reshape(-1)
+        return dtype, wire, _narrow(flat, wire, f"stream {stream!r}, array {name!r}").reshape(array.shape)
+    return dtype, wire, array
 
 
 def _refuse_array(array: Any, where: str) -> NoReturn:
