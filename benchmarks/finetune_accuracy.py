@@ -168,11 +168,12 @@ def make_plan(row: Row) -> FineTunePlan:
     subnet = supernet.space.largest()
     blocks = supernet.block_costs(subnet)
     levers = {"statistics": "frozen", "lean": row.lean, "micro_batch": row.micro_batch}
+    fused = row.lean and row.micro_batch > 0
     contributions = None
     if needs_contributions([row.kind]):
         images = torch.randn(10, 3, _RESOLUTION, _RESOLUTION, generator=torch.Generator().manual_seed(1))
         contributions = measure_contributions(supernet.build(subnet), blocks, images, torch.arange(10))
-    return build_plan(row.kind, blocks, contributions=contributions, **levers)
+    return replace(build_plan(row.kind, blocks, contributions=contributions, **levers), fused_step=fused)
 
 
 def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:

@@ -68,6 +68,9 @@ class Row:
 
 
 _FROZEN, _LEAN = {"statistics": "frozen"}, {"statistics": "frozen", "lean": True}
+_ONE = {**_LEAN, "micro_batch": 1}
+_SUMMED = {**_ONE, "fused_step": True}
+"""Gradients are added to the momentum, example after example."""
 ROWS = (
     Row("stock full, batch statistics", "full", {"statistics": "batch"}),
     Row("stock full, each block checkpointed", "full", {"statistics": "batch"}, each_block=True),
@@ -78,22 +81,23 @@ ROWS = (
     Row("full, lean, fused step", "full", {**_LEAN, "fused_step": True}),
     Row("full, lean, int8", "full", {**_LEAN, "kept": "int8"}),
     Row("full, lean, micro-batch 4", "full", {**_LEAN, "micro_batch": 4}),
-    Row("full, lean, micro-batch 1", "full", {**_LEAN, "micro_batch": 1}),
-    Row("full, lean, micro-batch 1, segments", "full", {**_LEAN, "micro_batch": 1}, segments=True),
-    Row("full, lean, micro-batch 1, int8", "full", {**_LEAN, "micro_batch": 1, "kept": "int8"}),
-    Row("full, lean, micro-batch 1, int4", "full", {**_LEAN, "micro_batch": 1, "kept": "int4"}),
-    Row("full, lean, micro-batch 1, a fifth kept", "full", {**_LEAN, "micro_batch": 1, "kept_fraction": 0.2}),
+    Row("full, lean, micro-batch 1", "full", _ONE),
+    Row("the same, fused step", "full", _SUMMED),
+    Row("the same, fused step, segments", "full", _SUMMED, segments=True),
+    Row("the same, fused step, int8", "full", {**_SUMMED, "kept": "int8"}),
+    Row("the same, fused step, int4", "full", {**_SUMMED, "kept": "int4"}),
+    Row("the same, fused step, a fifth kept", "full", {**_SUMMED, "kept_fraction": 0.2}),
     Row("bias, lean", "bias", _LEAN),
     Row("bias, lean, micro-batch 4", "bias", {**_LEAN, "micro_batch": 4}),
-    Row("bias, lean, micro-batch 1", "bias", {**_LEAN, "micro_batch": 1}),
-    Row("last 4 blocks, lean, micro-batch 1", "last_blocks(4)", {**_LEAN, "micro_batch": 1}),
-    Row("the same, features cached", "last_blocks(4)", {**_LEAN, "micro_batch": 1, "feature_cache": True}),
-    Row("head, lean, micro-batch 1", "head", {**_LEAN, "micro_batch": 1}),
-    Row("the same, features cached", "head", {**_LEAN, "micro_batch": 1, "feature_cache": True}),
-    Row("lite residual, lean, micro-batch 1", "lite_residual", {**_LEAN, "micro_batch": 1}),
-    Row("lora(4), lean, micro-batch 1", "lora(4)", {**_LEAN, "micro_batch": 1}),
-    Row("sparse(0.25), lean, micro-batch 1", "sparse(0.25)", {**_LEAN, "micro_batch": 1}),
-    Row("sparse(0.1), lean, micro-batch 1", "sparse(0.1)", {**_LEAN, "micro_batch": 1}),
+    Row("bias, lean, micro-batch 1", "bias", _SUMMED),
+    Row("last 4 blocks, lean, micro-batch 1", "last_blocks(4)", _SUMMED),
+    Row("the same, features cached", "last_blocks(4)", {**_SUMMED, "feature_cache": True}),
+    Row("head, lean, micro-batch 1", "head", _SUMMED),
+    Row("the same, features cached", "head", {**_SUMMED, "feature_cache": True}),
+    Row("lite residual, lean, micro-batch 1", "lite_residual", _SUMMED),
+    Row("lora(4), lean, micro-batch 1", "lora(4)", _SUMMED),
+    Row("sparse(0.25), lean, micro-batch 1", "sparse(0.25)", _SUMMED),
+    Row("sparse(0.1), lean, micro-batch 1", "sparse(0.1)", _SUMMED),
 )
 
 

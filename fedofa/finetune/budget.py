@@ -52,9 +52,10 @@ def plan_for_budget(
 ) -> BudgetedPlan:
     """The first kind of plan that fits at all, with the levers that cost it the least time.
 
-    Operations are lean in every plan. The largest micro-batch that fits is taken, of the batch and its halves. Where
-    the smallest does not fit, the optimiser's step is fused into the backward pass, if it can be; then checkpointed
-    segments come to it; then activations of 16 and of 8 bits, which are no longer exact.
+    Operations are lean in every plan. The largest micro-batch that fits is taken, of the batch and its halves; the
+    optimiser's step is fused in all but the whole batch, where the recipe allows it, since that costs nothing there.
+    Where the smallest does not fit, the step is fused in any case; then checkpointed segments come to it; then
+    activations of 16 and of 8 bits, which are no longer exact.
 
     Args:
         training: the recipe, whose batch size the gradients are those of.
@@ -100,13 +101,13 @@ class _Ladder:
     def batches(self) -> list[FineTunePlan]:
         """Plans with ever larger micro-batches, the whole batch last."""
         sizes = [self.batch >> shift for shift in range(1, self.batch.bit_length())] if self._divides else []
-        return [*(replace(self.plan, micro_batch=size) for size in reversed(sizes)), self.plan]
+        fused = self._fuses
+        return [*(replace(self.plan, micro_batch=size, fused_step=fused) for size in reversed(sizes)), self.plan]
 
     def tighter(self) -> Iterator[FineTunePlan]:
         """What takes less than the smallest micro-batch, at more and more cost."""
         plan = self.batches()[0]
-        recipe = self.training
-        if not plan.micro_batch and recipe.optimiser == "sgd" and not (recipe.max_gradient_norm or recipe.proximal_mu):
+        if self._fuses and not plan.fused_step:
             plan = replace(plan, fused_step=True)
             yield plan
         segments = choose_segments(self.blocks, plan.changes)
@@ -115,6 +116,11 @@ class _Ladder:
             yield plan
         yield replace(plan, kept="bfloat16")
         yield replace(plan, kept="int8")
+
+    @property
+    def _fuses(self) -> bool:
+        recipe = self.training
+        return recipe.optimiser == "sgd" and not (recipe.max_gradient_norm or recipe.proximal_mu)
 
     @property
     def _divides(self) -> bool:

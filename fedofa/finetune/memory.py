@@ -130,7 +130,7 @@ def training_memory(
     with LiveBytes((*inputs.tensors.values(), *structure.parameters(), *structure.buffers())) as live:
         run_steps(structure, plan, inputs, recipe, torch.Generator().manual_seed(0), objective)
     state = structure.state_dict()
-    slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0)
+    slots = 2 if training.optimiser == "adamw" else int(training.momentum > 0 and not plan.sums_in_momentum)
     shapes = {name: tuple(state[name].shape) for name in plan.changes}
     trained = sum(resident_bytes(4 * plan.num_trained(name, shape)) for name, shape in shapes.items())
     unseen = (num_examples - seen) * feature_bytes(structure, plan, form.input_shape)

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 
 
 class Optimiser(ABC):
-    """Takes steps along the gradients that the parameters hold."""
+    """Takes steps along the gradients that the parameters hold.
+
+    Args:
+        parameters: what trains.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+
+    def begin(self) -> None:
+        """Make ready for the gradients of the next batch."""
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @abstractmethod
     def step(self) -> None:
@@ -33,7 +45,7 @@ class Sgd(Optimiser):
     def __init__(
         self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
     ) -> None:
-        self._parameters = list(parameters)
+        super().__init__(parameters)
         self._learning_rate, self._momentum, self._weight_decay = learning_rate, momentum, weight_decay
         self._velocities: dict[Tensor, Tensor] = {}
 
@@ -70,10 +82,45 @@ class Sgd(Optimiser):
 
 
 @final
+class SummingSgd(Optimiser):
+    """The steps of `Sgd`, to rounding, with one value a parameter for gradient and momentum together.
+
+    What is left of the momentum is what the next batch's gradients are added to, micro-batch after micro-batch. So no
+    gradient is there by itself, to be clipped or looked at.
+
+    Args:
+        parameters, learning_rate, momentum, weight_decay: as for `Sgd`.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float, weight_decay: float
+    ) -> None:
+        super().__init__(parameters)
+        self._learning_rate, self._momentum, self._weight_decay = learning_rate, momentum, weight_decay
+
+    def begin(self) -> None:
+        if not self._momentum:
+            return super().begin()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self._momentum)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                continue
+            if self._weight_decay:
+                parameter.grad.add_(parameter, alpha=self._weight_decay)
+            parameter.add_(parameter.grad, alpha=-self._learning_rate)
+
+
+@final
 class AdamW(Optimiser):
     """Torch's own (arXiv 1711.05101)."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float) -> None:
+        super().__init__(parameters)
         self._optimiser = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
 
     def step(self) -> None:

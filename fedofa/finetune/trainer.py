@@ -13,7 +13,7 @@ from torch.nn import functional
 from fedofa.finetune.engine import planned
 from fedofa.finetune.features import FeatureCache, cut_of
 from fedofa.finetune.inputs import Inputs
-from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd
+from fedofa.finetune.optimisers import AdamW, Optimiser, Sgd, SummingSgd
 from fedofa.finetune.recipe import FineTuneResult, LocalTraining, batch_bounds
 from fedofa.types.delta import LowRank
 from fedofa.types.errors import ConfigError, DatasetError
@@ -91,12 +91,11 @@ def run_steps(
     with planned(model, plan, rounding) as parameters:
         if plan.feature_cache:
             model, inputs = _behind_features(model, plan, inputs, training.batch_size, features or FeatureCache())
-        optimiser = _build_optimiser(parameters, training)
+        optimiser = _build_optimiser(parameters, training, plan)
         anchors = [parameter.detach().clone() for parameter in parameters] if training.proximal_mu else []
-        with _stepping_in_backward(parameters, optimiser, plan):
+        with _stepping_in_backward(parameters, optimiser, plan.fused_step):
             for batch in _batches(len(inputs), training, generator):
-                for parameter in parameters:
-                    parameter.grad = None
+                optimiser.begin()
                 offsets = draw_offsets(len(batch), training.max_shift, generator)
                 losses.append(_backward(model, inputs, batch, offsets, plan, objective))
                 _add_proximal_gradient(parameters, anchors, training.proximal_mu)
@@ -203,12 +202,10 @@ def _backward(
 
 
 @contextmanager
-def _stepping_in_backward(
-    parameters: Sequence[nn.Parameter], optimiser: Optimiser, plan: FineTunePlan
-) -> Iterator[None]:
-    """Where the plan says so, every parameter is changed as soon as its gradient is there."""
+def _stepping_in_backward(parameters: Sequence[nn.Parameter], optimiser: Optimiser, fused: bool) -> Iterator[None]:
+    """Where the step is fused, `Sgd` changes every parameter as soon as its gradient is there."""
     hooks = []
-    if plan.fused_step and isinstance(optimiser, Sgd):
+    if fused and isinstance(optimiser, Sgd):
         hooks = [parameter.register_post_accumulate_grad_hook(optimiser.step_one) for parameter in parameters]
     try:
         yield
@@ -217,10 +214,11 @@ def _stepping_in_backward(
             hook.remove()
 
 
-def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining) -> Optimiser:
+def _build_optimiser(parameters: Sequence[nn.Parameter], training: LocalTraining, plan: FineTunePlan) -> Optimiser:
     if training.optimiser == "adamw":
         return AdamW(parameters, training.learning_rate, training.weight_decay)
-    return Sgd(parameters, training.learning_rate, training.momentum, training.weight_decay)
+    sgd = SummingSgd if plan.sums_in_momentum else Sgd
+    return sgd(parameters, training.learning_rate, training.momentum, training.weight_decay)
 
 
 def _add_proximal_gradient(parameters: Sequence[nn.Parameter], anchors: Sequence[Tensor], mu: float) -> None:

@@ -32,7 +32,8 @@ class FineTunePlan:
         micro_batch: examples that go through the network at a time, gradients being added up; 0 for the whole batch.
         kept: form in which lean operations keep activations: "float32" (as they are), "bfloat16", "int8" or "int4".
         kept_fraction: of each activation's values, those of largest magnitude, that lean operations keep.
-        fused_step: the optimiser changes each parameter as soon as its gradient is there, and drops the gradient.
+        fused_step: gradients have no memory of their own: the optimiser changes each parameter as soon as its gradient
+            is there, and drops the gradient; with micro-batches, gradients are added to the optimiser's momentum.
         feature_cache: what lies before the first layer that trains is computed once for each example and kept.
         fractions: weights among the trainable ones of which only a leading part trains (see `part_shape`), each with
             the fraction of its channels.
@@ -135,6 +136,11 @@ class FineTunePlan:
         )
 
     @property
+    def sums_in_momentum(self) -> bool:
+        """Whether SGD's momentum is what gradients are added to, so that one value a parameter serves for both."""
+        return self.fused_step and self.micro_batch > 0
+
+    @property
     def levers(self) -> frozenset[str]:
         """The names of the levers that the plan pulls (see `LEVERS`)."""
         pulled = {
@@ -189,9 +195,6 @@ _NEEDS = {"compressed": "lean", "pruned": "lean"}
 
 _EXCLUDES = {
     frozenset({"compressed", "pruned"}): "pruned activations are kept as float32; choose kept or kept_fraction",
-    frozenset({"micro_batch", "fused_step"}): (
-        "a step that is fused into the backward pass would come after the first micro-batch; choose one of the two"
-    ),
 }
 """The pairs of levers that do not go together, and why. All other pairs do."""
 

@@ -19,7 +19,7 @@ SUPERNETS = {norm: build_supernet(norm=norm) for norm in ("group", "batch")}
 SUBNET = SUPERNETS["group"].space.largest()
 INPUTS = torch.randn(6, 1, 20, 20, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 LABELS = torch.arange(6) % 5
-SGD = LocalTraining(batch_size=6, max_steps=3, learning_rate=0.02, momentum=0.0)
+SGD = LocalTraining(batch_size=6, max_steps=3, learning_rate=0.02, momentum=0.5, weight_decay=0.1)
 
 SETTINGS = {
     "micro_batch": {"micro_batch": 2},
@@ -40,8 +40,6 @@ def refusals(levers):
         found.append("activations need lean operations; set lean")
     if {"compressed", "pruned"} <= levers:
         found.append("pruned activations are kept as float32; choose kept or kept_fraction")
-    if {"micro_batch", "fused_step"} <= levers:
-        found.append("would come after the first micro-batch; choose one of the two")
     return found
 
 

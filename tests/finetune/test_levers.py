@@ -9,12 +9,13 @@ import pytest
 import torch
 from cohorts import build_supernet
 
+from fedofa.device.allocator import resident_bytes
 from fedofa.finetune.engine import planned
 from fedofa.finetune.memory import LiveBytes
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.recompute import recomputed
-from fedofa.finetune.trainer import fine_tune
+from fedofa.finetune.trainer import fine_tune, label_objective, run_steps
 from fedofa.types.errors import ConfigError
 
 SUPERNET = build_supernet(norm="group")
@@ -47,6 +48,8 @@ def chain(supernet):
         {"micro_batch": 1},
         {"micro_batch": 3},
         {"fused_step": True},
+        {"micro_batch": 1, "fused_step": True},
+        {"micro_batch": 4, "fused_step": True},
         {"recompute": True},
         {"lean": True, "micro_batch": 2, "recompute": True},
         {"lean": True, "fused_step": True, "recompute": True},
@@ -78,6 +81,32 @@ def test_no_copy_of_a_whole_batch_lies_beside_a_micro_batch():
     with LiveBytes((inputs, labels, *model.parameters(), *model.buffers())) as live:
         fine_tune(model, plan, received, inputs, labels, replace(SGD, batch_size=64, epochs=1), torch.Generator())
     assert live.peak < inputs.nbytes
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_gradients_summed_in_the_momentum_give_the_same_training(momentum, weight_decay):
+    recipe = replace(SGD, momentum=momentum, weight_decay=weight_decay)
+    plain, found = trained(BATCH_NORM, recipe), trained(BATCH_NORM, recipe, lean=True, micro_batch=1, fused_step=True)
+    for name, change in plain.weights.items():
+        np.testing.assert_allclose(found.weights[name], change, rtol=1e-6, atol=1e-10, err_msg=name)
+
+
+def test_gradients_summed_in_the_momentum_take_no_memory_of_their_own():
+    """Of five steps of a network with many weights and small maps, by all tensors that are alive at a time."""
+    subnet = SUPERNET.space.largest()
+    plan = build_plan("full", SUPERNET.block_costs(subnet), lean=True, micro_batch=1)
+    recipe = replace(SGD, batch_size=2, epochs=1)
+    inputs, labels = torch.zeros(10, 1, 4, 4), torch.zeros(10, dtype=torch.int64)
+
+    def peak(plan):
+        model = SUPERNET.build(subnet)
+        with LiveBytes((inputs, labels, *model.parameters(), *model.buffers())) as live:
+            run_steps(model, plan, inputs, recipe, torch.Generator(), label_objective(labels, 0.0))
+        return live.peak
+
+    trained_bytes = sum(resident_bytes(parameter.nbytes) for parameter in SUPERNET.build(subnet).parameters())
+    assert trained_bytes <= peak(plan) - peak(replace(plan, fused_step=True)) < 1.25 * trained_bytes
 
 
 @pytest.mark.parametrize(
@@ -114,9 +143,10 @@ def test_micro_batches_are_refused_where_statistics_are_the_batchs():
 
 
 @pytest.mark.parametrize("clash", [{"optimiser": "adamw"}, {"max_gradient_norm": 1.0}, {"proximal_mu": 0.1}], ids=str)
-def test_a_fused_step_is_refused_where_all_gradients_are_needed_at_once(clash):
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_fused_step_is_refused_where_all_gradients_are_needed_at_once(clash, micro_batch):
     with pytest.raises(ConfigError, match=f"goes with plain SGD only; found finetune.{next(iter(clash))}"):
-        trained(SUPERNET, replace(SGD, **clash), fused_step=True)
+        trained(SUPERNET, replace(SGD, **clash), fused_step=True, micro_batch=micro_batch)
 
 
 def test_a_segment_of_unknown_blocks_leaves_everything_as_it_was():
