@@ -42,7 +42,7 @@ class TrainingMemory:
         weight_bytes: the received tensors, and the model's copies of some.
         input_bytes: all examples of the client as they are stored, and their cached features.
         step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
-            or that the delta takes beside gradients and state, after the last step.
+            or that the delta takes, when these are gone.
         num_kernels: distinct convolutions that a process runs, of every size of batch.
         resizes: whether maps are resized, as in lite residual branches.
     """
@@ -137,7 +137,7 @@ def training_memory(
     return TrainingMemory(
         weight_bytes=held_bytes(state, plan),
         input_bytes=resident_bytes(form.stored_bytes * num_examples) + unseen,
-        step_bytes=max(live.peak + slots * trained, (2 + slots) * trained),
+        step_bytes=max(live.peak + slots * trained, trained),
         num_kernels=len(live.kernels) * len(set(part_sizes(plan, training, num_examples))),
         resizes=live.resizes,
     )
