@@ -7,7 +7,6 @@ memory. Dense convolutions above 1 x 1 are copied all the same, since training l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fedofa.device.allocator import resident_bytes
 from fedofa.supernet.base import fill_skeleton
+from fedofa.supernet.views import view_arrays
 from fedofa.types.plan import FineTunePlan
 
 
@@ -26,9 +26,7 @@ def hold(module: nn.Module, received: Mapping[str, np.ndarray], plan: FineTunePl
         module: the subnet's, or its structure on the meta device.
         received: its parameters and buffers by name, float32; nothing writes to them.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensors = {name: torch.from_numpy(array) for name, array in received.items()}
+    tensors = view_arrays(received)
     own = {name: tensor if is_shared(name, tensor, plan) else _copy(tensor) for name, tensor in tensors.items()}
     return fill_skeleton(module, own)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fedofa.supernet.views import view_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +105,7 @@ def stored_inputs(
         mean, std: one value a channel; or one a row of each channel, all rows of the first channel first.
         resolution: side in pixels of the square result (bilinear, antialiased); None keeps the size.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to them
-        stored = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32, copy=False))
+    stored = view_array(images if images.dtype == np.uint8 else images.astype(np.float32, copy=False))
     shape = (1, stored.shape[1], -1, 1)
     return Pixels(stored, torch.tensor(mean).view(shape), torch.tensor(std).view(shape), resolution)
 

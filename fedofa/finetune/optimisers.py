@@ -100,7 +100,8 @@ class SummingSgd(Optimiser):
 
     def begin(self) -> None:
         if not self._momentum:
-            return super().begin()
+            super().begin()
+            return
         for parameter in self._parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(self._momentum)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
 from fedofa.supernet.parametrised import parametrise, parametrised_costs, parametrised_slices
 from fedofa.supernet.slices import SliceMap, TensorSlice, slice_tensor
+from fedofa.supernet.views import view_arrays
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
@@ -256,10 +256,8 @@ class Supernet(nn.Module, ABC):
             SpaceError: when the subnet is not of this space, or the names are not exactly its own.
         """
         self.space.check(subnet)
-        with _no_collection(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            return self.assemble(subnet, tensors, frozen=True)
+        with _no_collection():
+            return self.assemble(subnet, view_arrays(arrays), frozen=True)
 
     @final
     def forward(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
