@@ -1,9 +1,10 @@
 """What fine-tuning MobileNetV2 takes under each plan: `python benchmarks/finetune_memory.py`, one thread.
 
-Width 1.0, 224 pixels, 100 classes, batch 16, each row in a process of its own. `saved` is what autograd keeps of one
-forward pass; `peak` the most resident memory of two steps above that of the process just before them, model, examples
-and torch's kernels included in the latter; `process` the most of the whole process, which gets its weights as a client
-does, from outside; `time` the CPU time of a step over that of the first row, once features are cached where they are.
+Width 1.0, 224 pixels, 100 classes, batch 16, each row in processes of its own, medians of three. `saved` is what
+autograd keeps of one forward pass; `peak` the most resident memory of two steps above that of the process just before
+them, model, examples and torch's kernels included in the latter; `process` the most of the whole process, which gets
+its weights as a client does, from outside; `time` the CPU time of a step over that of the first row, once features are
+cached where they are.
 Rows that begin with "stock" run with glibc's allocator as it is, the others with `tune_allocator`.
 
 The last lines are for machines. `best_mb` is the least peak of a row that is not slower than the first and whose
@@ -14,9 +15,11 @@ head alone.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -49,6 +52,7 @@ from fedofa.types.plan import FineTunePlan
 _BATCH = 16
 _STEPS = 2
 _PROBED = 4
+_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,27 +234,36 @@ def print_best(name: str, found: Mapping[Row, Mapping[str, float]], chosen: Call
     )
 
 
-def main() -> None:
-    """Measure every row in a process of its own and print the table."""
-    if len(sys.argv) > 1:
-        plan = FineTunePlan.from_json(json.loads(sys.argv[2]))
-        print(json.dumps(measure(ROWS[int(sys.argv[1])], plan, Path(sys.argv[3]))))
-        return
-    found: dict[Row, dict[str, float]] = {}
-    print(f"python {platform.python_version()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
-    print(f"{'plan':40} {'saved MB':>9} {'peak MB':>9} {'process MB':>11} {'time':>6}")
+def measure_all() -> dict[Row, dict[str, float]]:
+    """Every row in processes of its own, medians of `_TURNS`: what page faults cost changes from minute to minute."""
+    from rich.progress import track  # not in the measured processes
+
+    found: dict[Row, list[dict[str, float]]] = {row: [] for row in ROWS}
     with TemporaryDirectory() as folder:
-        for number, row in enumerate(ROWS):
+        for _, (number, row) in track(list(itertools.product(range(_TURNS), enumerate(ROWS))), "measuring"):
             weights = Path(folder, "lite.safetensors" if row.kind == "lite_residual" else "plain.safetensors")
             save_largest(build_supernet(row), weights)
             command = [sys.executable, __file__, str(number), json.dumps(make_plan(row).to_json()), str(weights)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            result = found[row] = json.loads(done.stdout)
-            ratio = result["seconds"] / found[ROWS[0]]["seconds"]
-            print(
-                f"{row.name:40} {result['saved']:9.1f} {result['peak']:9.1f} {result['process']:11.1f} {ratio:6.2f}",
-                flush=True,
-            )
+            found[row].append(json.loads(done.stdout))
+    return {
+        row: {name: statistics.median(item[name] for item in results) for name in results[0]}
+        for row, results in found.items()
+    }
+
+
+def main() -> None:
+    """Measure every row and print the table."""
+    if len(sys.argv) > 1:
+        plan = FineTunePlan.from_json(json.loads(sys.argv[2]))
+        print(json.dumps(measure(ROWS[int(sys.argv[1])], plan, Path(sys.argv[3]))))
+        return
+    print(f"python {platform.python_version()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    found = measure_all()
+    print(f"{'plan':40} {'saved MB':>9} {'peak MB':>9} {'process MB':>11} {'time':>6}")
+    for row, result in found.items():
+        ratio = result["seconds"] / found[ROWS[0]]["seconds"]
+        print(f"{row.name:40} {result['saved']:9.1f} {result['peak']:9.1f} {result['process']:11.1f} {ratio:6.2f}")
     print_best("everything: ", found, lambda row: row.kind == "full")
     print_best("sparse: ", found, lambda row: row.kind.startswith("sparse"))
     print_best("", found, lambda row: row.kind != "head")
