@@ -191,6 +191,14 @@ def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:
     return measure_training(ChainSupernet(spec_of(row)), plan, _RESOLUTION, weights)
 
 
+_LABELS = {
+    "sparse(0.2), segments": ((-4, 8), "right"),
+    "sparse(0.1)": ((-6, -4), "right"),
+    "lite residual": ((-4, -14), "right"),
+}
+"""Where names stand that would cover others: offset in points, and the side that is at it."""
+
+
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Accuracy against the memory of training."""
     figure = style.new_figure("What trains, what it takes, what it reaches", 5.0)
@@ -200,18 +208,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for row in rows:
         colour = style.PALETTE[1 if row["name"].startswith(_STOCK) else 0]
         axes.plot(row["peak"], 100 * row["accuracy"], "o", color=colour)
-        close = [item for item in rows if 1 < item["peak"] / row["peak"] < 1.2 and _points_above(item, row) > -0.5]
-        below = any(0 < _points_above(item, row) < 0.5 for item in close)
-        offset, side = ((6, -14), "left") if below else ((-4, 8), "right") if close else ((6, 5), "left")
+        offset, side = _LABELS.get(row["name"], ((6, 5), "left"))
         at = row["peak"], 100 * row["accuracy"]
         axes.annotate(row["name"], at, offset, textcoords="offset points", fontsize=9, ha=side)
     style.scale_percent(axes, [100 * row["accuracy"] for row in rows], padding=0.12, least_padding=1.5)
-    axes.set_xlim(min(row["peak"] for row in rows) / 1.3, max(row["peak"] for row in rows) * 1.6)
+    axes.set_xlim(min(row["peak"] for row in rows) / 1.5, max(row["peak"] for row in rows) * 1.6)
     style.save_png(figure, path)
-
-
-def _points_above(row: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    return 100 * (row["accuracy"] - other["accuracy"])
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
