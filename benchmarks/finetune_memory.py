@@ -4,8 +4,8 @@ Width 1.0, 224 pixels, 100 classes, batch 16, each row in processes of its own, 
 autograd keeps of one forward pass; `peak` the most resident memory of two steps above that of the process just before
 them, model, examples and torch's kernels included in the latter; `process` the most of the whole process, which gets
 its weights as a client does, from outside; `time` the CPU time of a step over that of the first row, once features are
-cached where they are.
-Rows that begin with "stock" run with glibc's allocator as it is, the others with `tune_allocator`.
+cached where they are. Rows that begin with "stock" run with glibc's allocator as it is, the others with
+`tune_allocator`.
 
 The last lines are for machines. `best_mb` is the least peak of a row that is not slower than the first and whose
 gradients are exact: one line for everything trained, one for sparse updates, and last one for any trainable set but the

@@ -23,10 +23,15 @@ class Optimiser(ABC):
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
 
-    def begin(self) -> None:
-        """Make ready for the gradients of the next batch."""
+    @final
+    def drop_gradients(self) -> None:
+        """Let the memory of all gradients go."""
         for parameter in self._parameters:
             parameter.grad = None
+
+    def begin(self) -> None:
+        """Make ready for the gradients of the next batch."""
+        self.drop_gradients()
 
     @abstractmethod
     def step(self) -> None:
@@ -100,7 +105,7 @@ class SummingSgd(Optimiser):
 
     def begin(self) -> None:
         if not self._momentum:
-            super().begin()
+            self.drop_gradients()
             return
         for parameter in self._parameters:
             if parameter.grad is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -102,13 +102,8 @@ def run_steps(
                 if training.max_gradient_norm:
                     nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
                 optimiser.step()
-        _drop_gradients(parameters)  # what comes next is the delta, as large again
+        optimiser.drop_gradients()  # what comes next is the delta, as large again
     return parameters, losses
-
-
-def _drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
 
 
 def label_objective(labels: Tensor, label_smoothing: float) -> Objective:
