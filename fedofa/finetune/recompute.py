@@ -49,6 +49,13 @@ def _hand_on(x: Tensor) -> Tensor:
 
 
 class _Segment(torch.autograd.Function):
+    """A run of blocks; its backward pass puts gradients where the parameters hold them, one after the other.
+
+    The parameters are arguments so that the result has a gradient where only they do, and must be as they were. Their
+    gradients are not handed on: all of a segment's at once are as large as its weights, and a step that is fused into
+    the backward pass lets each go at once.
+    """
+
     @staticmethod
     def forward(ctx, run: Forward, x: Tensor, *parameters: Tensor):
         ctx.run, ctx.random_state = run, torch.get_rng_state()
@@ -58,17 +65,15 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *parameters = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1:]
-        x = x.detach().requires_grad_(wanted[0])
-        inputs = [item for item, wants in zip((x, *parameters), wanted, strict=True) if wants]
+        x, *_ = ctx.saved_tensors
+        x = x.detach().requires_grad_(ctx.needs_input_grad[1])
         state = torch.get_rng_state()
         torch.set_rng_state(ctx.random_state)
         with torch.enable_grad():
             seed = _Seed.apply(ctx.run(x), grad)
         torch.set_rng_state(state)
-        found = iter(torch.autograd.grad(seed, inputs, allow_unused=True))
-        return None, *(next(found) if wants else None for wants in wanted)
+        seed.backward()
+        return None, x.grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
 class _Seed(torch.autograd.Function):

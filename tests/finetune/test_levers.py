@@ -164,11 +164,36 @@ def test_dropout_drops_the_same_values_when_a_segment_runs_again():
 
     def gradients():
         torch.manual_seed(1)
-        return torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
 
     expected = gradients()
     with recomputed(list(model)):
         assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
+
+
+def test_a_segments_gradients_come_one_layer_after_the_other():
+    happened = []
+
+    class Watched(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            if y.requires_grad:
+                y.register_hook(lambda _: happened.append("passes"))
+            return y
+
+    def took(parameter):
+        if parameter.grad is not None:  # the outer pass comes by once more, with none
+            happened.append("gradient")
+            parameter.grad = None
+
+    model = torch.nn.Sequential(*(Watched(30, 30, bias=False) for _ in range(3)))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(took)
+    with recomputed(list(model)):
+        model(torch.randn(4, 30)).square().sum().backward()
+    assert happened == ["passes", "gradient"] * 3
 
 
 def test_training_with_sgd_and_checkpoints_does_not_import_torchs_compiler():
