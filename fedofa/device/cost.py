@@ -163,7 +163,8 @@ class AnalyticCostModel(CostModel):
         temporary = 2 * max(block.widest_elements for block in blocks)
         composed = 2 * sum(block.step_elements for block in blocks)  # with their gradients
         values = 2 * parameters + composed + trained * (1 + work.optimiser_slots)
-        batch = min(work.batch_size + 1, max(work.num_examples, 1))  # a last batch of one joins the one before it
+        joins = work.batch_size > 1  # a last batch of one joins the one before it
+        batch = min(work.batch_size + joins, max(work.num_examples, 1))
         at_a_time = min(plan.micro_batch or batch, batch)
         inputs = (work.num_examples + batch - at_a_time) * blocks[0].input_elements
         return _BYTES * (values + at_a_time * (kept + temporary) + inputs)

@@ -41,8 +41,7 @@ class TrainingMemory:
     Args:
         weight_bytes: the received tensors, and the model's copies of some.
         input_bytes: all examples of the client as they are stored, and their cached features.
-        step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries;
-            or that the delta takes, when these are gone.
+        step_bytes: the most that a step's tensors take at a time: activations, gradients, optimiser state, temporaries.
         num_kernels: distinct convolutions that a process runs, of every size of batch.
         resizes: whether maps are resized, as in lite residual branches.
     """
@@ -137,7 +136,7 @@ def training_memory(
     return TrainingMemory(
         weight_bytes=held_bytes(state, plan),
         input_bytes=resident_bytes(form.stored_bytes * num_examples) + unseen,
-        step_bytes=max(live.peak + slots * trained, trained),
+        step_bytes=live.peak + slots * trained,
         num_kernels=len(live.kernels) * len(set(part_sizes(plan, training, num_examples))),
         resizes=live.resizes,
     )

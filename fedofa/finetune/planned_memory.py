@@ -103,7 +103,7 @@ class PlannedTrainingMemory(SubnetCostModel):
         traces = self._look_up(batch, self.plans.of(batch))
         table, slots = self._table, self.work.optimiser_slots
         trained = table.gradients[traces].sum(axis=0)
-        step = np.maximum(self._peak(traces) + slots * trained, trained)
+        step = self._peak(traces) + slots * trained
         kernels = np.bitwise_count(np.bitwise_or.reduce(table.kernels[traces], axis=0)).sum(axis=1, dtype=np.int64)
         resizes = table.resizes[traces].any(axis=0)
         engine = PROCESS_BYTES + kernels * self._num_sizes * KERNEL_BYTES + resizes * RESIZING_BYTES

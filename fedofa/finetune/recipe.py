@@ -83,9 +83,12 @@ class FineTuneResult:
 
 
 def batch_bounds(num_examples: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the batches; a last batch of one joins the one before it, since batch norm cannot train on one."""
+    """Bounds of the batches; a last batch of one joins the one before it, since batch norm cannot train on one.
+
+    Where every batch is of one, a recipe for frozen statistics, all stay so: two would take twice the memory.
+    """
     starts = list(range(0, num_examples, batch_size))
-    if len(starts) > 1 and num_examples - starts[-1] == 1:
+    if batch_size > 1 and len(starts) > 1 and num_examples - starts[-1] == 1:
         starts.pop()
     return zip(starts, [*starts[1:], num_examples], strict=True)
 

@@ -40,10 +40,13 @@ def fine_tune(
     objective: Objective | None = None,
     features: FeatureCache | None = None,
 ) -> FineTuneResult:
-    """Train the model in place as the plan says.
+    """Train the model as the plan says, for its changes, and use it up.
+
+    A board has no room for weights and changes at once: the memory of what trained becomes the delta. What the model
+    computes afterwards means nothing; its next training begins with weights put in anew (`holding.hold`).
 
     Args:
-        model: the subnet, holding the received weights.
+        model: the subnet, holding copies of the received weights that train.
         plan: what trains and how.
         received: the weights as they came, by name; the delta is taken against them.
         inputs: `(num_examples, channels, height, width)`, at the subnet's resolution where they are taken.
@@ -66,12 +69,11 @@ def fine_tune(
 def _changes(
     plan: FineTunePlan, trained: Sequence[np.ndarray], received: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, LowRank]]:
-    """What `planned` gave to train, after training: changes of whole weights or their trained parts, and factors."""
+    """What `planned` gave to train, after training, becomes changes of whole weights or trained parts, and factors."""
     dense, factors = trained[: len(plan.trainable)], trained[len(plan.trainable) :]
-    weights = {
-        name: values - received[name][tuple(map(slice, values.shape))]
-        for name, values in zip(plan.trainable, dense, strict=True)
-    }
+    weights = dict(zip(plan.trainable, dense, strict=True))
+    for name, values in weights.items():
+        np.subtract(values, received[name][tuple(map(slice, values.shape))], out=values)
     pairs = zip(factors[::2], factors[1::2], strict=True)
     return weights, {name: LowRank(*pair) for name, pair in zip(plan.low_rank, pairs, strict=True)}
 
@@ -102,7 +104,7 @@ def run_steps(
                 if training.max_gradient_norm:
                     nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
                 optimiser.step()
-        optimiser.drop_gradients()  # what comes next is the delta, as large again
+        optimiser.drop_gradients()
     return parameters, losses
 
 

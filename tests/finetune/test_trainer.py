@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import FineTuneResult, LocalTraining
-from fedofa.finetune.trainer import fine_tune, shifted
+from fedofa.finetune.trainer import fine_tune, label_objective, run_steps, shifted
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
@@ -157,13 +157,26 @@ def test_recomputation_changes_no_result_with_batch_norm(statistics):
 
 
 def test_the_delta_is_trained_minus_received():
-    result, model, received = run(SUPERNET, "full", SGD)
-    for name, parameter in model.named_parameters():
+    result, _, received = run(SUPERNET, "full", SGD)
+    subnet = SUPERNET.space.largest()
+    inputs, labels = examples(SUPERNET.resolution(subnet) or 8)
+    plan = build_plan("full", SUPERNET.block_costs(subnet))
+    generator, objective = torch.Generator().manual_seed(3), label_objective(labels, SGD.label_smoothing)
+    torch.manual_seed(11)  # of dropout
+    trained, _ = run_steps(SUPERNET.build(subnet), plan, inputs, SGD, generator, objective)
+    assert result.weights.keys() == set(plan.trainable)
+    for name, parameter in zip(plan.trainable, trained, strict=True):
         change = result.weights[name]
         assert change.dtype == np.float32
         assert change.shape == received[name].shape
         np.testing.assert_array_equal(change, parameter.detach().numpy() - received[name])
         assert change.any()
+
+
+def test_the_delta_takes_the_memory_of_what_trained():
+    result, model, _ = run(SUPERNET, "full", SGD)
+    for name, parameter in model.named_parameters():
+        assert np.shares_memory(result.weights[name], parameter.detach().numpy()), name
 
 
 def test_the_same_generator_gives_the_same_bits_and_another_does_not():
@@ -178,7 +191,7 @@ def test_the_same_generator_gives_the_same_bits_and_another_does_not():
 @pytest.mark.parametrize(
     ("num_examples", "batch_size", "sizes"),
     [(9, 4, [4, 5]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (5, 4, [5]), (4, 4, [4]), (3, 4, [3]), (1, 4, [1]),
-     (3, 1, [1, 2]), (2, 8, [2])],
+     (3, 1, [1, 1, 1]), (2, 8, [2])],
 )  # fmt: skip
 def test_a_last_batch_of_one_joins_the_one_before_it(num_examples, batch_size, sizes):
     supernet = FixedSupernet(two_conv_cnn(1, 5, 8), (1, 8, 8))
