@@ -6,9 +6,10 @@ that a first federation trained alone on ImageNet's features. The learning rate 
 accuracy on the global test set. Memory and time are those of two steps of 16 images in a process of their own (see
 `finetune_memory`), above the process just before them, medians of three; rows that begin with "stock" run plain torch
 on the whole batch and glibc's allocator as it is, the others lean operations, one image at a time, and sum gradients
-in the momentum.
+in the momentum. Rows that end with "steps of one" see as many images, but step after each, without momentum: neither
+that nor gradients take memory then, but for one parameter's.
 
-Levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations train
+Otherwise levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations train
 without micro-batches, and rows of one trainable set share them. Those that are there already are not run again. The
 last line is machine-readable: how far the best lean row within a 1/25 of stock's memory is from the best stock row,
 in points.
@@ -43,6 +44,7 @@ from server.outputs import versions
 
 _RESOLUTION = 96
 _STOCK, _STOCK_KINDS = "stock", ("full", "bias")
+_BATCH = 16
 _MEASURED = 3
 """Processes that measure a row: the peak of stock training varies by a tenth from one to the next."""
 _HEAD_ROUNDS, _HEAD_COHORT, _HEAD_RATE = 15, 5, 1e-3
@@ -58,6 +60,7 @@ class Row:
     rates: tuple[float, ...]
     lean: bool = True
     segments: bool = False
+    single: bool = False
 
     def overrides(self) -> list[str]:
         """The settings of its federations that differ from row to row."""
@@ -66,7 +69,7 @@ class Row:
         return [f"finetune.plans=['{self.kind}']", f"finetune.lean={lean}", f"supernet.lite_residual={lite}"]
 
 
-_FULL, _SPARSE, _BIAS = (2e-3, 3e-3, 5e-3), (2e-3, 3e-3, 4e-3), (1e-2, 2e-2)
+_FULL, _SPARSE, _BIAS, _SINGLE = (2e-3, 3e-3, 5e-3), (2e-3, 3e-3, 4e-3), (1e-2, 2e-2), (8e-4,)
 ROWS = (
     Row("stock full", "full", _FULL, lean=False),
     Row("stock bias", "bias", _BIAS, lean=False),
@@ -74,6 +77,9 @@ ROWS = (
     Row("last 4 blocks", "last_blocks(4)", (1e-2,)),
     Row("sparse(0.2)", "sparse(0.2)", _SPARSE),
     Row("sparse(0.2), segments", "sparse(0.2)", _SPARSE, segments=True),
+    Row("full, steps of one", "full", _SINGLE, single=True),
+    Row("full, segments, steps of one", "full", _SINGLE, segments=True, single=True),
+    Row("sparse(0.5), steps of one", "sparse(0.5)", _SINGLE, single=True),
     Row("sparse(0.1)", "sparse(0.1)", (3e-3, 4e-3, 6e-3)),
     Row("lora(4)", "lora(4)", (3e-2, 1e-1)),
     Row("lite residual", "lite_residual", (1e-2, 2e-2)),
@@ -98,9 +104,10 @@ class Study:
 
     def run(self, row: Row, rate: float) -> dict[str, Any]:
         """The summary of the row's federation, run unless it is there."""
-        folder = self.folder / re.sub("[^a-z0-9.]+", "_", f"{row.kind} {rate:g}")
-        begins = [f"supernet_weights={self.start()}", f"finetune.learning_rate={rate}"]
-        return self.federation(folder, self.rounds, self.cohort, [*row.overrides(), *begins])
+        single = [f"finetune.max_steps={_BATCH * self.steps}", "finetune.batch_size=1", "finetune.momentum=0"]
+        folder = self.folder / re.sub("[^a-z0-9.]+", "_", f"{row.kind}{' single' * row.single} {rate:g}")
+        own = [f"supernet_weights={self.start()}", f"finetune.learning_rate={rate}", *(single if row.single else ())]
+        return self.federation(folder, self.rounds, self.cohort, [*row.overrides(), *own])
 
     def start(self) -> Path:
         """The folder of the federation that trained the classifier."""
@@ -128,7 +135,7 @@ class Study:
             "partition.alpha=0.5", "fleet=unlimited", "fleet.num_clients=20", "aggregation=plain",
             "evaluation.calibration=none", "data.calibration_examples=200",  # for what layers contribute
             "finetune.statistics=frozen", "finetune.recompute=never", "finetune.max_shift=0",
-            "finetune.batch_size=16", f"finetune.max_steps={self.steps}",
+            f"finetune.batch_size={_BATCH}", f"finetune.max_steps={self.steps}",
             "evaluation.comparison=false", "evaluation.clients=false", f"seed={self.seed}",
             f"runtime.num_workers={self.workers}",
         ]  # fmt: skip
@@ -174,7 +181,7 @@ def make_plan(row: Row) -> FineTunePlan:
     supernet = build_supernet(row)
     subnet = supernet.space.largest()
     blocks = supernet.block_costs(subnet)
-    levers = {"statistics": "frozen", "lean": row.lean, "micro_batch": int(row.lean)}
+    levers = {"statistics": "frozen", "lean": row.lean, "micro_batch": int(row.lean and not row.single)}
     contributions = None
     if needs_contributions([row.kind]):
         images = torch.randn(10, 3, _RESOLUTION, _RESOLUTION, generator=torch.Generator().manual_seed(1))
@@ -188,7 +195,7 @@ def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     if not row.name.startswith(_STOCK):
         tune_allocator()
-    return measure_training(ChainSupernet(spec_of(row)), plan, _RESOLUTION, weights)
+    return measure_training(ChainSupernet(spec_of(row)), plan, _RESOLUTION, weights, single=row.single)
 
 
 _LABELS = {

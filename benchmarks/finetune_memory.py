@@ -5,7 +5,7 @@ autograd keeps of one forward pass; `peak` the most resident memory of two steps
 them, model, examples and torch's kernels included in the latter; `process` the most of the whole process, which gets
 its weights as a client does, from outside; `time` the CPU time of a step over that of the first row, once features are
 cached where they are. Rows that begin with "stock" run with glibc's allocator as it is, the others with
-`tune_allocator`.
+`tune_allocator`. In rows with "steps of one" every image is a step, without momentum; time is still that of 16 images.
 
 The last lines are for machines. `best_mb` is the least peak of a row that is not slower than the first and whose
 gradients are exact: one line for everything trained, one for sparse updates, and last one for any trainable set but the
@@ -64,6 +64,7 @@ class Row:
     levers: dict[str, Any] = field(hash=False)
     each_block: bool = False
     segments: bool = False
+    single: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -75,6 +76,7 @@ _FROZEN, _LEAN = {"statistics": "frozen"}, {"statistics": "frozen", "lean": True
 _ONE = {**_LEAN, "micro_batch": 1}
 _SUMMED = {**_ONE, "fused_step": True}
 """Gradients are added to the momentum, example after example."""
+_FUSED = {**_LEAN, "fused_step": True}
 ROWS = (
     Row("stock full, batch statistics", "full", {"statistics": "batch"}),
     Row("stock full, each block checkpointed", "full", {"statistics": "batch"}, each_block=True),
@@ -82,7 +84,7 @@ ROWS = (
     Row("stock full, micro-batch 1", "full", {**_FROZEN, "micro_batch": 1}),
     Row("full, lean, batch statistics", "full", {"statistics": "batch", "lean": True}),
     Row("full, lean", "full", _LEAN),
-    Row("full, lean, fused step", "full", {**_LEAN, "fused_step": True}),
+    Row("full, lean, fused step", "full", _FUSED),
     Row("full, lean, int8", "full", {**_LEAN, "kept": "int8"}),
     Row("full, lean, micro-batch 4", "full", {**_LEAN, "micro_batch": 4}),
     Row("full, lean, micro-batch 1", "full", _ONE),
@@ -91,6 +93,9 @@ ROWS = (
     Row("the same, fused step, int8", "full", {**_SUMMED, "kept": "int8"}),
     Row("the same, fused step, int4", "full", {**_SUMMED, "kept": "int4"}),
     Row("the same, fused step, a fifth kept", "full", {**_SUMMED, "kept_fraction": 0.2}),
+    Row("full, lean, steps of one", "full", _FUSED, single=True),
+    Row("the same, segments", "full", _FUSED, segments=True, single=True),
+    Row("full, steps of one, segments", "full", {**_FROZEN, "fused_step": True}, segments=True, single=True),
     Row("bias, lean", "bias", _LEAN),
     Row("bias, lean, micro-batch 4", "bias", {**_LEAN, "micro_batch": 4}),
     Row("bias, lean, micro-batch 1", "bias", _SUMMED),
@@ -169,7 +174,7 @@ def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     if not row.name.startswith("stock"):
         tune_allocator()
-    return measure_training(ChainSupernet(spec_of(row)), plan, 224, weights)
+    return measure_training(ChainSupernet(spec_of(row)), plan, 224, weights, single=row.single)
 
 
 def save_largest(supernet: ChainSupernet, path: Path) -> None:
@@ -178,7 +183,9 @@ def save_largest(supernet: ChainSupernet, path: Path) -> None:
         save_file(supernet.cut(supernet.space.largest()), path)
 
 
-def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: int, weights: Path) -> dict[str, float]:
+def measure_training(
+    structure: ChainSupernet, plan: FineTunePlan, resolution: int, weights: Path, *, single: bool = False
+) -> dict[str, float]:
     """Train the largest subnet for two steps of 16 random RGB images, in this process: MB and CPU seconds a step.
 
     Args:
@@ -186,6 +193,7 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
         plan: of the training.
         resolution: of the images.
         weights: the file of `save_largest`.
+        single: every image is a step of its own, without momentum; seconds are those of 16 all the same.
     """
     received = load_file(weights)
     model = hold(structure.structure(structure.space.largest()), received, plan)
@@ -197,6 +205,8 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
 
     def train(images: Inputs, steps: int) -> None:
         training = LocalTraining(batch_size=len(images), max_steps=steps, learning_rate=1e-3)
+        if single:
+            training = replace(training, batch_size=1, max_steps=steps * len(images), momentum=0.0)
         generator = torch.Generator().manual_seed(0)
         fine_tune(model, plan, received, images, labels[: len(images)], training, generator, features=features)
 
@@ -211,7 +221,7 @@ def measure_training(structure: ChainSupernet, plan: FineTunePlan, resolution: i
     seconds = (time.thread_time() - began) / _STEPS
     peak = resident("VmHWM")
     return {
-        "saved": saved_bytes(model, plan, inputs[:]) / 1e6,
+        "saved": saved_bytes(model, plan, inputs[: 1 if single else _BATCH]) / 1e6,
         "peak": (peak - base) / 1e6,
         "process": peak / 1e6,
         "seconds": seconds,
