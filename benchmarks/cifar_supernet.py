@@ -1,10 +1,11 @@
 """One supernet beside sizes trained alone, on CIFAR-10: `python benchmarks/cifar_supernet.py`.
 
 The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen), then its largest
-subnet learns alone, then a single stage of shrinking trains all. Three sizes are cut from the same start and trained alone, each for as many multiply-accumulates as
-the supernet's whole training took. The table gives the accuracy of ten subnets on the 10,000 test images: before
-shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder and goes on where it was stopped; `train
-NAME` runs one part, so that parts can run side by side. The last line is machine-readable.
+subnet learns alone, then a single stage of shrinking trains all. Three sizes are cut from the same start and trained
+alone, each for as many multiply-accumulates as the supernet's whole training took. The table gives the accuracy of ten
+subnets on the 10,000 test images: before shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder
+and goes on where it was stopped; `train NAME` runs one part, so that parts can run side by side; `table` leaves out
+sizes that were not trained alone. The last line is machine-readable.
 """
 
 import argparse
@@ -99,11 +100,15 @@ class Job:
         more = [f"supernet_weights={self.folder / part}", "data.test_examples=10000", "calibration_examples=2000"]
         return build_run(compose_shrink_conf([*self.common(part), *more]), self.folder)
 
+    def is_trained(self, part: str) -> bool:
+        """Whether a part was trained to its end."""
+        return (self.folder / part / "summary.json").exists()
+
     def train(self, part: str) -> None:
         """Train a part and what it starts from, unless that is done."""
         if part != "head":
             self.train("head")
-        if not (self.folder / part / "summary.json").exists():
+        if not self.is_trained(part):
             run_shrinking(compose_shrink_conf(self.settings(part)))
 
 
@@ -146,11 +151,11 @@ def measure(job: Job) -> dict[str, Any]:
     ]
     for row in rows:
         part = f"alone_{row['name']}"
-        if part in ALONE:
+        if part in ALONE and job.is_trained(part):
             run = job.started(part)
             subnet = {"it": chosen[row["name"]]}
             row["accuracy_alone"] = run.scorer.score(run.supernet.state(), subnet)["it"].accuracy
-    spent = {part: _spent(job.folder / part) for part in PARTS}
+    spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
     described = {"schedule": "largest, then sandwich", "steps": job.steps, "seed": job.seed, "precision": job.precision}
     rows.sort(key=lambda row: row["macs"])
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}

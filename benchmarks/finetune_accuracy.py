@@ -9,9 +9,9 @@ on the whole batch and glibc's allocator as it is, the others lean operations, o
 in the momentum. Rows that end with "steps of one" see as many images, but step after each, without momentum: neither
 that nor gradients take memory then, but for one parameter's.
 
-Otherwise levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations train
-without micro-batches, and rows of one trainable set share them. Those that are there already are not run again. The
-last line is machine-readable: how far the best lean row within a 1/25 of stock's memory is from the best stock row,
+Other levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations
+train without micro-batches, and rows of one trainable set share them. Those that are there already are not run again.
+The last line is machine-readable: how far the best lean row within a 1/25 of stock's memory is from the best stock row,
 in points.
 """
 
