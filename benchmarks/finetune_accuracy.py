@@ -200,6 +200,8 @@ def measure(row: Row, plan: FineTunePlan, weights: Path) -> dict[str, float]:
 
 _LABELS = {
     "sparse(0.2), segments": ((-4, 8), "right"),
+    "full, segments, steps of one": ((-6, 6), "right"),
+    "sparse(0.5), steps of one": ((-6, -12), "right"),
     "sparse(0.1)": ((-6, -4), "right"),
     "lite residual": ((-4, -14), "right"),
 }
@@ -219,7 +221,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         at = row["peak"], 100 * row["accuracy"]
         axes.annotate(row["name"], at, offset, textcoords="offset points", fontsize=9, ha=side)
     style.scale_percent(axes, [100 * row["accuracy"] for row in rows], padding=0.12, least_padding=1.5)
-    axes.set_xlim(min(row["peak"] for row in rows) / 1.5, max(row["peak"] for row in rows) * 1.6)
+    axes.set_xlim(min(row["peak"] for row in rows) / 2.7, max(row["peak"] for row in rows) * 1.6)
     style.save_png(figure, path)
 
 
