@@ -28,6 +28,7 @@ from fedofa.types.space import SubnetConfig
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _SECONDS = 300
+_PASSES = 50
 _WARM_SIDE = 32
 
 
@@ -57,8 +58,9 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
     """The peak beyond the floor.
 
     A small image goes through the same layers first, so that kernels are loaded. Its network stays: what it would leave
-    in the heap could be used again, and would be missing from the figure. The peak is the second pass's: the code that
-    oneDNN makes for a shape stays, so that only then all of it is beside the widest layer.
+    in the heap could be used again, and would be missing from the figure. The peak is that of a pass after the first:
+    the code that oneDNN makes for a shape stays, so that only then all of it is beside the widest layer. And it is of a
+    pass in which no page of a file came or went: how many there are is known before and after it, not at its peak.
     """
     tune_allocator()
     torch.set_num_threads(1)
@@ -72,9 +74,16 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
     floor = _resident("VmRSS") - _resident("RssFile")
     network = _filled(spec)
     _forward(network, spec.in_channels, spec.resolution)
-    _reset_peak()
-    _forward(network, spec.in_channels, spec.resolution)
-    return _resident("VmHWM") - _resident("RssFile") - floor
+    for _ in range(_PASSES):
+        files = _resident("RssFile")
+        _reset_peak()
+        _forward(network, spec.in_channels, spec.resolution)
+        peak = _resident("VmHWM") - files - floor
+        if _resident("RssFile") == files:
+            return peak
+    raise ProfileError(
+        f"the system took pages of libraries away in each of {_PASSES} passes; free memory and retry"
+    )
 
 
 def _filled(spec: NetworkSpec) -> nn.Module:

@@ -1,5 +1,6 @@
 """`fedofa profile` with an engine whose times are known: the table, its correction, resuming, and what is refused."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from fedofa.device.profile import MeasuredDevice, check_machine, describe_machin
 from fedofa.device.rates import memory_bytes_per_second, training_macs_per_second
 from fedofa.supernet.families import build_supernet
 from fedofa.types.errors import ConfigError, ProfileError
-from server import cli
+from server import cli, forward_memory
 from server.forward_memory import forward_bytes
 from server.profile import _chunks, run_profile, summary_lines
 
@@ -99,6 +100,21 @@ def test_a_forward_pass_in_a_process_of_its_own_takes_what_is_predicted():
     for subnet in (index.encoding.space.smallest(), index.encoding.space.largest()):
         measured, predicted = forward_bytes(supernet, subnet), InferenceMemory(index).predict_one(subnet).value * 1e6
         assert measured <= predicted <= 1.1 * measured
+
+
+def test_a_forward_pass_counts_only_when_no_page_of_a_file_comes_or_goes(monkeypatch):
+    files = iter([100, 100, 110, 110, 105, 105, 105])
+    known = {"VmRSS": 1000, "VmHWM": 1500}
+    monkeypatch.setattr(forward_memory, "_resident", lambda name: known.get(name) or next(files))
+    monkeypatch.setattr(forward_memory, "_reset_peak", lambda: None)
+    monkeypatch.setattr(forward_memory, "tune_allocator", lambda: None)
+    conf = {**compose_profile_conf(SMALL).supernet, "in_channels": 1, "num_classes": 10}
+    choices = build_supernet(conf).space.smallest().to_json()
+    assert forward_memory._measure(conf, choices) == (1500 - 105) - (1000 - 100)
+    pages = itertools.count()
+    monkeypatch.setattr(forward_memory, "_resident", lambda name: known.get(name) or next(pages))
+    with pytest.raises(ProfileError, match="took pages of libraries away"):
+        forward_memory._measure(conf, choices)
 
 
 def test_a_forward_pass_that_fails_is_named():
