@@ -4,8 +4,8 @@ The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subne
 subnet learns alone, then a single stage of shrinking trains all. Three sizes are cut from the same start and trained
 alone, each for as many multiply-accumulates as the supernet's whole training took. The table gives the accuracy of ten
 subnets on the 10,000 test images: before shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder
-and goes on where it was stopped; `train NAME` runs one part, so that parts can run side by side; `table` leaves out
-sizes that were not trained alone. The last line is machine-readable.
+and goes on where it was stopped; `train NAME` and `score NAME` do one part, so that parts can run side by side;
+`table` leaves out sizes that were not trained alone. The last line is machine-readable.
 """
 
 import argparse
@@ -132,32 +132,37 @@ def subnets(space: SearchSpace) -> dict[str, SubnetConfig]:
     return {**named, **{f"random {number}": space.sample(rng) for number in range(1, _NUM_RANDOM + 1)}}
 
 
+def score(job: Job, part: str) -> dict[str, float]:
+    """Accuracy on the 10,000 test images: of a size trained alone, else of every subnet; kept in the part's folder."""
+    kept = job.folder / part / "scores.json"
+    if not kept.exists():
+        run = job.started(part)
+        chosen = subnets(run.supernet.space)
+        if part in ALONE:
+            chosen = {name: subnet for name, subnet in chosen.items() if part == f"alone_{name}"}
+        found = run.scorer.score(run.supernet.state(), chosen)
+        replace_file(kept, json.dumps({name: score.accuracy for name, score in found.items()}).encode())
+    return json.loads(kept.read_text())
+
+
 def measure(job: Job) -> dict[str, Any]:
-    """Accuracy of every subnet before and after, and of the sizes trained alone, on the 10,000 test images."""
-    before, after = job.started("head"), job.started("supernet")
-    chosen = subnets(after.supernet.space)
-    scores = {
-        "accuracy_before": before.scorer.score(before.supernet.state(), chosen),
-        "accuracy": after.scorer.score(after.supernet.state(), chosen),
-    }
+    """Accuracy of every subnet before and after, and of the sizes that were trained alone."""
+    before, after = score(job, "head"), score(job, "supernet")
+    alone = {name: value for part in ALONE if job.is_trained(part) for name, value in score(job, part).items()}
+    supernet = job.started("supernet").supernet
     rows = [
         {
             "name": name,
-            "macs": macs(after.supernet, subnet),
-            **{key: score[name].accuracy for key, score in scores.items()},
-            "accuracy_alone": None,
+            "macs": macs(supernet, subnet),
+            "accuracy_before": before[name],
+            "accuracy": after[name],
+            "accuracy_alone": alone.get(name),
         }
-        for name, subnet in chosen.items()
+        for name, subnet in subnets(supernet.space).items()
     ]
-    for row in rows:
-        part = f"alone_{row['name']}"
-        if part in ALONE and job.is_trained(part):
-            run = job.started(part)
-            subnet = {"it": chosen[row["name"]]}
-            row["accuracy_alone"] = run.scorer.score(run.supernet.state(), subnet)["it"].accuracy
+    rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
     described = {"schedule": "largest, then sandwich", "steps": job.steps, "seed": job.seed, "precision": job.precision}
-    rows.sort(key=lambda row: row["macs"])
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
@@ -187,10 +192,10 @@ def print_table(result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """Train what is missing, then measure; `train` only trains the parts named."""
+    """Train what is missing, then measure; `train` and `score` only do that to the parts named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", nargs="?", choices=("all", "train", "table"), default="all")
-    parser.add_argument("parts", nargs="*", help=f"of `train`: {', '.join(PARTS)}")
+    parser.add_argument("action", nargs="?", choices=("all", "train", "score", "table"), default="all")
+    parser.add_argument("parts", nargs="*", help=f"of `train` and `score`: {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
     parser.add_argument("--steps", type=int, default=800, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
@@ -204,10 +209,12 @@ def main() -> None:
     unknown = sorted(set(given.parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown parts {unknown}; expected some of {list(PARTS)}")
-    if given.action != "table":
-        for part in given.parts or PARTS:
+    for part in given.parts or PARTS:
+        if given.action in ("all", "train"):
             job.train(part)
-    if given.action == "train":
+        elif given.action == "score" and job.is_trained(part):
+            score(job, part)
+    if given.action in ("train", "score"):
         return
     result = measure(job)
     replace_file(job.folder / "result.json", json.dumps(result, indent=1).encode())
