@@ -45,7 +45,8 @@ from server.resources import available_cores
 from server.rounds import RoundLog
 from server.schedules import federated_schedule
 from server.scoring import Scorer
-from server.strategy import FederationSettings, FedOFA
+from server.settings import FederationSettings
+from server.strategy import FedOFA
 from server.tracking.backends import check_tracking
 from server.weights import start_from as start_from_weights
 

@@ -81,9 +81,7 @@ def _measure(supernet: Mapping[str, Any], choices: Mapping[str, Any]) -> int:
         peak = _resident("VmHWM") - files - floor
         if _resident("RssFile") == files:
             return peak
-    raise ProfileError(
-        f"the system took pages of libraries away in each of {_PASSES} passes; free memory and retry"
-    )
+    raise ProfileError(f"the system took pages of libraries away in each of {_PASSES} passes; free memory and retry")
 
 
 def _filled(spec: NetworkSpec) -> nn.Module:

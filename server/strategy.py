@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,28 +18,28 @@ from clients.records import message_metrics, packed_buffer, packed_content
 from fedofa.aggregation.fold import FoldSums
 from fedofa.aggregation.server_optimisers import ServerOptimiser
 from fedofa.evaluation.metrics import Score
-from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import capacity
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import CheckpointError, DeltaError, FoldError, QuorumError, WireError
-from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
-from fedofa.update.exchange import ClientTask, Teaching, decode_delta, encode_task
+from fedofa.update.exchange import decode_delta
 from fedofa.update.verification import Expectation, verify_delta
 from server.calibration import FleetCalibration
 from server.checkpoint import Checkpoint, CheckpointStore, Totals
-from server.compiled import COMPILED, compiled
+from server.client_scores import accuracy_by_class, scoring_messages
 from server.devices import DeviceFolder
 from server.fleet import Assignment, ClientInfo, FleetPlan, draw_cohort
 from server.introductions import enrolled
 from server.pairs import FILE as PAIRS
 from server.pairs import PairGathering, PairLog
+from server.payloads import Payloads, Prepared
 from server.phases import Cohort, FederatedShrinking
 from server.planning import Planner
 from server.resources import Stopwatch
 from server.rounds import Attempt, RoundLog, RoundRecord
 from server.scoring import Scorer, SumsOf
+from server.settings import FederationSettings
 from server.stream import await_nodes, stream_replies
 
 _COHORT_STREAM, _CALIBRATION_STREAM, _PAIRS_STREAM = 2, 4, 5
@@ -47,29 +47,6 @@ _COHORT_STREAM, _CALIBRATION_STREAM, _PAIRS_STREAM = 2, 4, 5
 others drawn from the same seed."""
 
 _MAX_LOSS = 1e6
-_FINAL_RATE = 0.01
-"""Share of the learning rate that is left in the last round of a decay."""
-
-
-@dataclass(frozen=True, slots=True)
-class FederationSettings:
-    """How a federation runs; the names are those of the settings files."""
-
-    seed: int
-    clients_per_round: int
-    max_in_flight: int
-    reply_seconds: float
-    num_clients: int
-    join_seconds: float
-    evaluate_every: int
-    float_dtype: str
-    decay_rounds: int = 0  # the clients' learning rate falls along a cosine over so many rounds; 0: it is constant
-    quorum_fraction: float = 0.5  # of a cohort's clients, whose verified deltas a round needs
-    round_attempts: int = 2  # how often a round is tried, each time with other clients, before it is given up
-    max_lost_rounds: int = 3  # rounds given up one after the other that end the run
-    unfit_engines: Mapping[str, str] = field(default_factory=dict)  # engine -> why its clients take no part
-    pairs_per_round: int = 0  # random subnets that a cohort scores after every round
-    uniform: bool = False  # one subnet for everybody, the weakest client's: ordinary federated averaging
 
 
 @runtime_checkable
@@ -128,13 +105,13 @@ class FedOFA(Strategy):
     done: int = field(init=False, default=0)
     fleet: str = field(init=False, default="")  # digest of the clients that take part
     scores: dict[str, Score] = field(init=False, default_factory=dict)
-    _sums: SumsOf = field(init=False, default_factory=dict)  # clients' statistics of what is calibrated next
-    _teachers: dict[SubnetConfig, Mapping[str, np.ndarray]] = field(init=False, default_factory=dict)
+    _payloads: Payloads = field(init=False)
     _restored: Checkpoint | None = field(init=False, default=None)
     _is_prepared: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.pairs = PairLog(self.log.path.with_name(PAIRS))
+        self._payloads = Payloads(self.scorer, self.planner.training, self.settings, self.shrinking)
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -254,8 +231,7 @@ class FedOFA(Strategy):
         attempt = Attempt(drawn.members, quorum, sitting_out=drawn.sitting_out, untaught=drawn.untaught)
         self._record.attempts.append(attempt)
         self._cohort = {item.client.node_id: item for item in drawn.members}
-        self._calibrate(server_round, drawn.members, grid)
-        return self._messages(server_round, drawn.members)
+        return self._messages(server_round, drawn.members, self._prepared(server_round, drawn.members, grid))
 
     def _draw(self, server_round: int, failed: set[str], rng: np.random.Generator) -> Cohort:
         """Who trains what: by the devices, or by the schedule and the devices."""
@@ -267,16 +243,16 @@ class FedOFA(Strategy):
         members = draw_cohort(self.plan.without(failed), self.settings.clients_per_round, smallest, rng)
         return Cohort(members, {}, ())
 
-    def _calibrate(self, server_round: int, members: Iterable[Assignment], grid: Grid) -> None:
-        """Prepare the statistics and the teachers that the round's payloads carry."""
+    def _prepared(self, server_round: int, members: Iterable[Assignment], grid: Grid) -> Prepared:
+        """The statistics and the teachers that the round's payloads carry."""
         frozen = {item.fit.subnet: None for item in members if item.fit.plan.statistics == "frozen"}
-        self._sums = self._statistics(grid, self.state, frozen, self._record)
-        self._teachers = {}
+        sums = self._statistics(grid, self.state, frozen, self._record)
         teachers = {item.teacher: None for item in members if item.teacher is not None}
-        if self.shrinking is not None and teachers:
-            state = self.shrinking.teacher_state(server_round, self.state)
-            sums = self._statistics(grid, state, teachers, self._record)
-            self._teachers = {teacher: self.scorer.calibrated_tensors(state, teacher, sums) for teacher in teachers}
+        if self.shrinking is None or not teachers:
+            return Prepared(sums)
+        state = self.shrinking.teacher_state(server_round, self.state)
+        seen = self._statistics(grid, state, teachers, self._record)
+        return Prepared(sums, {teacher: self.scorer.calibrated_tensors(state, teacher, seen) for teacher in teachers})
 
     def _statistics(
         self, grid: Grid, state: SharedState, subnets: Iterable[SubnetConfig], record: RoundRecord
@@ -286,60 +262,19 @@ class FedOFA(Strategy):
             return {}
         rng = np.random.default_rng([self.settings.seed, _CALIBRATION_STREAM, record.round])
         cohort = draw_cohort(self.plan, self.settings.clients_per_round, None, rng)
-        calibration = FleetCalibration(self.scorer, self.planner, self._plain_payload)
+        calibration = FleetCalibration(self.scorer, self.planner, self._payloads.plain)
         clients = [item.client for item in cohort]
         return calibration.sums(partial(self._exchange, grid), record.round, state, subnets, clients, record)
 
-    def _messages(self, server_round: int, cohort: Sequence[Assignment]) -> Iterator[Message]:
+    def _messages(self, server_round: int, cohort: Sequence[Assignment], prepared: Prepared) -> Iterator[Message]:
         """By payload, the largest subnets first: one payload at a time, and what takes longest is not begun last."""
         for _, items in itertools.groupby(sorted(cohort, key=_payload_order), key=_payload_order):
             sharers = list(items)
-            payload = self._payload(server_round, sharers[0])
+            payload = self._payloads.to_train(server_round, self.state, sharers[0], prepared)
             for item in sharers:
                 self._record.bytes_down += len(payload)
                 content = packed_content(payload)
                 yield Message(content, item.client.node_id, MessageType.TRAIN, group_id=str(server_round))
-
-    def _payload(self, server_round: int, item: Assignment) -> bytes:
-        """The task of everybody who trains that subnet under that plan and teacher with that engine."""
-        fit = item.fit
-        slices = self.supernet.slice_map(fit.subnet, fit.plan.parametrised)
-        tensors = slices.extract(self.state.tensors)
-        if fit.plan.statistics == "frozen":
-            calibrated = self.scorer.calibrated_tensors(self.state, fit.subnet, self._sums)
-            tensors |= {item.name: calibrated[item.name] for item in slices if item.role == "statistic"}
-        task = self._task(server_round, fit.subnet, fit.plan, self._teaching(server_round, item))
-        if item.client.profile.engine == COMPILED:
-            graph, tensors = compiled(self.supernet, fit.subnet, fit.plan, tensors)
-            task = replace(task, graph=graph)
-        return _encoded(task, tensors)
-
-    def _plain_payload(self, server_round: int, state: SharedState, subnet: SubnetConfig) -> bytes:
-        """A subnet that is looked at and not trained."""
-        task = self._task(server_round, subnet, FineTunePlan("none", ()))
-        return _encoded(task, self.supernet.slice_map(subnet).extract(state.tensors))
-
-    def _task(
-        self, server_round: int, subnet: SubnetConfig, plan: FineTunePlan, teaching: Teaching | None = None
-    ) -> ClientTask:
-        return ClientTask(
-            round=server_round,
-            version=self.state.version,
-            subnet=subnet,
-            plan=plan,
-            supernet=self.supernet.description(),
-            training=asdict(self._training(server_round)),
-            normalisation=self.scorer.normalisation,
-            seed=self.settings.seed,
-            float_dtype=self.settings.float_dtype,
-            teaching=teaching,
-        )
-
-    def _teaching(self, server_round: int, item: Assignment) -> Teaching | None:
-        if self.shrinking is None or item.teacher is None:
-            return None
-        phase, tensors = self.shrinking.phase_of(server_round), self._teachers[item.teacher]
-        return Teaching(item.teacher, tensors, asdict(phase.loss), phase.label_weight, phase.teacher_weight)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -419,34 +354,15 @@ class FedOFA(Strategy):
         """Send every client its own subnet, to be scored on its own test examples."""
         everybody = [item for item in self.plan.assignments.values() if item.client.num_test]
         self._cohort = {item.client.node_id: item for item in everybody}
-        payloads: dict[tuple[SubnetConfig, str], bytes] = {}
         subnets = dict.fromkeys(item.fit.subnet for item in everybody)
-        self._sums = self._statistics(grid, self.state, subnets, RoundRecord(server_round))
-        for item in sorted(everybody, key=lambda item: (item.fit.subnet.choices, item.client.profile.engine)):
-            key = (item.fit.subnet, item.client.profile.engine)
-            if key not in payloads:
-                payloads = {key: self._payload(server_round, self._scored(item))}
-            content = packed_content(payloads[key])
-            yield Message(content, item.client.node_id, MessageType.EVALUATE, group_id=str(server_round))
-
-    @staticmethod
-    def _scored(item: Assignment) -> Assignment:
-        """An assignment for scoring only: statistics must be the calibrated ones."""
-        fit = item.fit
-        plan = FineTunePlan("none", (), statistics="frozen", parametrised=fit.plan.parametrised)
-        return replace(item, fit=replace(fit, plan=plan))
+        sums = self._statistics(grid, self.state, subnets, RoundRecord(server_round))
+        payload_of = partial(self._payloads.to_score, server_round, self.state, sums=sums)
+        return scoring_messages(server_round, everybody, payload_of)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Accuracy on the clients' own test examples by device class, weighted by examples."""
-        sums: dict[str, list[int]] = {}
-        for reply in replies:
-            client = self._cohort[reply.metadata.src_node_id].client
-            accuracy = math.nan if reply.has_error() else message_metrics(reply).get("accuracy", math.nan)
-            if 0 <= accuracy <= 1:
-                total = sums.setdefault(client.profile.device_class, [0, 0])
-                total[0] += round(accuracy * client.num_test)
-                total[1] += client.num_test
-        return MetricRecord({name: right / count for name, (right, count) in sorted(sums.items())}) if sums else None
+        found = accuracy_by_class(replies, self._cohort)
+        return MetricRecord(dict(found)) if found else None
 
     def score_on_clients(self, grid: Grid) -> dict[str, float]:
         """Run one evaluation over the whole fleet; device class -> accuracy on the clients' own test examples."""
@@ -463,11 +379,7 @@ class FedOFA(Strategy):
         subnets = [self.supernet.space.sample(rng) for _ in range(self.settings.pairs_per_round)]
         cohort = draw_cohort(self.plan, self.settings.clients_per_round, None, rng)
         sums = self._statistics(grid, self.state, subnets, record)
-
-        def payload_of(subnet: SubnetConfig) -> bytes:
-            task = self._task(record.round, subnet, FineTunePlan("none", ()))
-            return _encoded(task, self.scorer.calibrated_tensors(self.state, subnet, sums))
-
+        payload_of = partial(self._payloads.calibrated, record.round, self.state, sums=sums)
         gathering = PairGathering(self.scorer, self.planner, payload_of)
         clients = [item.client for item in cohort]
         self.pairs.append(gathering.gather(partial(self._exchange, grid), subnets, clients, record))
@@ -499,20 +411,6 @@ class FedOFA(Strategy):
         sums = self._statistics(grid, self.state, watched.values(), record)
         return self.scorer.score(self.state, watched, sums)
 
-    def _training(self, server_round: int) -> LocalTraining:
-        """The recipe of a round: the learning rate falls along a half cosine to a hundredth of its first value.
-
-        With a schedule it is the schedule's.
-        """
-        training = self.planner.training
-        if self.shrinking is not None and server_round > 0:
-            return replace(training, learning_rate=training.learning_rate * self.shrinking.rate(server_round))
-        if not self.settings.decay_rounds:
-            return training
-        done = min(1.0, (server_round - 1) / max(1, self.settings.decay_rounds - 1))
-        factor = _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
-        return replace(training, learning_rate=training.learning_rate * factor)
-
 
 def _payload_order(item: Assignment) -> tuple[float, Any, str, Any, str]:
     """Equal for those who get the same payload; the largest subnets come first."""
@@ -524,13 +422,6 @@ def _payload_order(item: Assignment) -> tuple[float, Any, str, Any, str]:
         teacher,
         item.client.profile.engine,
     )
-
-
-def _encoded(task: ClientTask, tensors: Mapping[str, np.ndarray]) -> bytes:
-    try:
-        return encode_task(task, tensors)
-    except WireError:  # a weight is out of half precision's range: this payload travels whole
-        return encode_task(replace(task, float_dtype="float32"), tensors)
 
 
 def _accuracies(scores: Mapping[str, Score]) -> MetricRecord:

@@ -26,7 +26,8 @@ from server.planning import Planner
 from server.resources import tree_usage
 from server.rounds import RoundLog
 from server.scoring import Scorer
-from server.strategy import FederationSettings, FedOFA
+from server.settings import FederationSettings
+from server.strategy import FedOFA
 
 NUM_ROUNDS = 2
 NUM_WORKERS = 2
