@@ -1,0 +1,1 @@
+"""What a subnet is worth: batch-norm statistics from images, accuracy."""

@@ -1,0 +1,1 @@
+"""What a client does with a subnet: plans, levers against memory, the memory model and the planner, the trainer."""

@@ -119,8 +119,7 @@ class _Ladder:
 
     @property
     def _fuses(self) -> bool:
-        recipe = self.training
-        return recipe.optimiser == "sgd" and not (recipe.max_gradient_norm or recipe.proximal_mu)
+        return not self.training.against_fusing
 
     @property
     def _divides(self) -> bool:

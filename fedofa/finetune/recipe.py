@@ -60,6 +60,16 @@ class LocalTraining:
         if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
             raise ConfigError(f"finetune.{name}: expected {wanted}, found {value!r}")
 
+    @property
+    def against_fusing(self) -> list[str]:
+        """Settings that need all gradients at once; with any of them no step is fused into the backward pass."""
+        needing = {
+            "optimiser": self.optimiser != "sgd",
+            "max_gradient_norm": self.max_gradient_norm > 0,
+            "proximal_mu": self.proximal_mu > 0,
+        }
+        return [name for name, needs in needing.items() if needs]
+
     def num_steps(self, num_examples: int) -> int:
         """Optimiser steps on that many examples."""
         return self.max_steps or self.epochs * len(list(batch_bounds(num_examples, self.batch_size)))

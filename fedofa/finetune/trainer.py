@@ -163,19 +163,11 @@ def _check_levers(plan: FineTunePlan, training: LocalTraining) -> None:
         )
     if plan.feature_cache and training.max_shift:
         raise ConfigError(f"plan {plan.name!r}: {SHIFT_REFUSAL}, found finetune.max_shift={training.max_shift}")
-    if not plan.fused_step:
-        return
-    clashes = {
-        "optimiser": training.optimiser != "sgd",
-        "max_gradient_norm": training.max_gradient_norm > 0,
-        "proximal_mu": training.proximal_mu > 0,
-    }
-    for name, clash in clashes.items():
-        if clash:
-            raise ConfigError(
-                f"plan {plan.name!r} fuses the optimiser's step into the backward pass, which goes with plain SGD "
-                f"only; found finetune.{name}={getattr(training, name)!r}"
-            )
+    if plan.fused_step and (names := training.against_fusing):
+        raise ConfigError(
+            f"plan {plan.name!r} fuses the optimiser's step into the backward pass, which goes with plain SGD "
+            f"only; found finetune.{names[0]}={getattr(training, names[0])!r}"
+        )
 
 
 def _backward(

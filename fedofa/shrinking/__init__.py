@@ -1,0 +1,1 @@
+"""How a supernet is trained: schedules as data, sampling of subnets, teachers, the central loop."""
