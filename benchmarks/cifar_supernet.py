@@ -162,7 +162,8 @@ def measure(job: Job) -> dict[str, Any]:
     ]
     rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
-    described = {"schedule": "largest, then sandwich", "steps": job.steps, "seed": job.seed, "precision": job.precision}
+    steps = job.first_steps + job.steps
+    described = {"schedule": "largest, then sandwich", "steps": steps, "seed": job.seed, "precision": job.precision}
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
