@@ -14,6 +14,7 @@ head alone.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import itertools
 import json
@@ -263,11 +264,12 @@ def measure_all() -> dict[Row, dict[str, float]]:
 
 
 def main() -> None:
-    """Measure every row and print the table."""
-    if len(sys.argv) > 1:
-        plan = FineTunePlan.from_json(json.loads(sys.argv[2]))
-        print(json.dumps(measure(ROWS[int(sys.argv[1])], plan, Path(sys.argv[3]))))
-        return
+    """Measure every row and print the table; with three arguments, which the table gives itself, one row."""
+    match sys.argv[1:]:
+        case [number, plan, weights]:
+            print(json.dumps(measure(ROWS[int(number)], FineTunePlan.from_json(json.loads(plan)), Path(weights))))
+            return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"python {platform.python_version()}, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     found = measure_all()
     print(f"{'plan':40} {'saved MB':>9} {'peak MB':>9} {'process MB':>11} {'time':>6}")

@@ -162,6 +162,9 @@ def in_process(*arguments: object) -> str:
 
 def main() -> None:
     """Print the table."""
+    import argparse  # not in the measured processes
+
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(
         f"{'width, side':14} {'plan':16} {'engine':12} {'engine MB':>9} {'process MB':>10} {'step ms':>8} {'ratio':>6}"
     )

@@ -7,6 +7,7 @@ stock: above 1 the lean operation is the slower one.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -140,6 +141,7 @@ def measure(case: Case) -> tuple[int, int, float, float]:
 
 def main() -> None:
     """Print the table; the last line names how many rows are slower by more than a tenth."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     slower = []
