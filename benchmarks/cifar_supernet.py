@@ -210,12 +210,18 @@ def main() -> None:
     unknown = sorted(set(given.parts) - set(PARTS))
     if unknown:
         parser.error(f"unknown parts {unknown}; expected some of {list(PARTS)}")
-    for part in given.parts or PARTS:
-        if given.action in ("all", "train"):
-            job.train(part)
-        elif given.action == "score" and job.is_trained(part):
+    parts = given.parts or PARTS
+    if given.action == "score":
+        untrained = [part for part in parts if not job.is_trained(part)]
+        if untrained:
+            parser.error(f"{job.folder}: untrained parts {untrained}; run `train {' '.join(untrained)}` first")
+        for part in parts:
             score(job, part)
-    if given.action in ("train", "score"):
+        return
+    if given.action != "table":
+        for part in parts:
+            job.train(part)
+    if given.action == "train":
         return
     result = measure(job)
     replace_file(job.folder / "result.json", json.dumps(result, indent=1).encode())

@@ -1,0 +1,1 @@
+"""Operations that keep only what their gradients need, in place of torch's own."""
