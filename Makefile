@@ -5,6 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .PHONY: simulate federation test lint clean
 
@@ -18,8 +19,9 @@ FEDERATION := runtime=superlink fleet.num_clients=3 fleet.clients_per_round=3 da
 federation: .venv/.installed
 	$(BIN)/fedofa simulate $(FEDERATION) $(ARGS)
 
+# Files of tests side by side (a file's tests share what they make): most of the long ones wait for processes.
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -353,9 +353,9 @@ class TeacherLossConf:
 class ScheduleConf:
     """Which subnets of a supernet train when, and from whom they learn (see fedofa.shrinking)."""
 
-    schedule: str = MISSING  # "progressive" | "sandwich" | "attentive" | "phases"; of simulate also "none"
+    schedule: str = MISSING  # "progressive" | "sandwich" | "turns" | "attentive" | "phases"; simulate: or "none"
     steps: int | None = MISSING  # of the whole schedule, not used by "phases"; of simulate null: as many as rounds
-    num_random: int = MISSING  # subnets a step beside the largest and the smallest; "sandwich" and "attentive"
+    num_random: int = MISSING  # beside the largest and the smallest: drawn a step, of "turns" between these two
     candidates: int = MISSING  # of "attentive": k, of which one trains
     prefer: str = MISSING  # of "attentive": "best" | "worst" of the candidates on the step's examples
     macs_targets: list[float] = MISSING  # of "attentive": MACs of the candidates; empty: as uniform subnets have them

@@ -143,9 +143,9 @@ class FederatedShrinking:
 
     def subnets(self, server_round: int, state: SharedState) -> list[SubnetConfig]:
         """The subnets drawn for a round, those of most MACs first."""
-        index, _ = self.schedule.phase_at(server_round - 1)
+        index, within = self.schedule.phase_at(server_round - 1)
         rng = np.random.default_rng([self.seed, _SUBNETS_STREAM, server_round])
-        drawn = self.samplers[index].draw(rng, cache(lambda subnet: -self.loss_of(state, subnet)))
+        drawn = self.samplers[index].draw(rng, cache(lambda subnet: -self.loss_of(state, subnet)), step=within)
         return sorted(drawn, key=lambda subnet: (-self._macs(subnet), subnet.choices))
 
     def _fits(self, clients: Sequence[ClientInfo], sampler: PhaseSampler, subnet: SubnetConfig) -> FleetPlan:

@@ -9,7 +9,7 @@ from fedofa.shrinking.schedule import ShrinkSchedule, TeacherLoss
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace
 
-SCHEDULES = ("progressive", "sandwich", "attentive", "phases")
+SCHEDULES = ("progressive", "sandwich", "turns", "attentive", "phases")
 
 
 def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> ShrinkSchedule:
@@ -26,6 +26,8 @@ def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> Shrink
             return ShrinkSchedule.progressive(space, steps, loss)
         case "sandwich":
             return ShrinkSchedule.sandwich(space, steps, num_random=conf.num_random, loss=loss)
+        case "turns":
+            return ShrinkSchedule.turns(space, steps, num_random=conf.num_random)
         case "attentive":
             return ShrinkSchedule.attentive(
                 space,

@@ -146,7 +146,7 @@ class CentralShrinking:
         self._optimiser.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self._seed_of(_IMAGES, self.done))
-            losses = self._accumulate(phase, self._samplers[index])
+            losses = self._accumulate(phase, self._samplers[index], within)
         if not all(map(math.isfinite, losses.values())):
             raise DivergenceError(
                 f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; go on from the last "
@@ -158,7 +158,7 @@ class CentralShrinking:
         self.done += 1
         return ShrinkStep(self.done, phase.name, rate, losses)
 
-    def _accumulate(self, phase: ShrinkPhase, sampler: PhaseSampler) -> dict[SubnetConfig, float]:
+    def _accumulate(self, phase: ShrinkPhase, sampler: PhaseSampler, within: int) -> dict[SubnetConfig, float]:
         """The gradients of all subnets of the step in the shared weights, and their losses."""
         batch = self._batch()
         generator = torch.Generator().manual_seed(self._seed_of(_IMAGES, self.done))
@@ -171,7 +171,7 @@ class CentralShrinking:
         teacher = self._trained_logits(inputs_of) if phase.teacher == "trained" else None
         distance = build_distance(phase.loss)
         losses = {}
-        for subnet in sampler.draw(rng, score_of):
+        for subnet in sampler.draw(rng, score_of, step=within):
             logits = self._logits(inputs_of(subnet), subnet)
             if teacher is None:
                 loss = label_loss(logits)

@@ -63,21 +63,26 @@ class PhaseSampler:
             axes.append(replace(axis, limits=tuple(stops)))
         return SearchSpace(self.space.family, axes)
 
-    def draw(self, rng: np.random.Generator, score_of: ScoreOf | None = None) -> tuple[SubnetConfig, ...]:
+    def draw(
+        self, rng: np.random.Generator, score_of: ScoreOf | None = None, *, step: int = 0
+    ) -> tuple[SubnetConfig, ...]:
         """The distinct subnets of one step; with the sandwich or an in-place teacher the largest comes first.
 
         Args:
             score_of: chooses among the candidates of a phase that has more than one.
+            step: the step's number within the phase: says whose turn it is in a phase of turns.
 
         Raises:
             ConfigError: when candidates have to be compared and nothing was given to compare them by.
         """
         if self.phase.candidates > 1 and score_of is None:
             raise ConfigError(f"shrinking phase {self.phase.name!r}: {self.phase.candidates} candidates need a score")
-        drawn = [self._draw_one(rng, score_of) for _ in range(self.phase.num_random)]
-        first = [self.largest()] if self.phase.sandwich or self.phase.teacher == "in_place" else []
-        last = [self.smallest()] if self.phase.sandwich else []
-        return tuple(dict.fromkeys([*first, *drawn, *last]))
+        first = [self.largest] if self.phase.sandwich or self.phase.teacher == "in_place" else []
+        last = [self.smallest] if self.phase.sandwich else []
+        members = [*first, *[lambda: self._draw_one(rng, score_of)] * self.phase.num_random, *last]
+        if self.phase.turns:
+            members = [members[step % len(members)]]
+        return tuple(dict.fromkeys(member() for member in members))
 
     def _draw_one(self, rng: np.random.Generator, score_of: ScoreOf | None) -> SubnetConfig:
         phase, uniform = self.phase, self._allowed.sample(rng)

@@ -65,7 +65,7 @@ class ShrinkPhase:
     """A stretch of training under one rule.
 
     In every step some subnets see the same examples, and their gradients add up. They are, with `sandwich`, the largest
-    and the smallest that the phase allows, and `num_random` drawn ones.
+    and the smallest that the phase allows, and `num_random` drawn ones. With `turns` one of these learns in each step.
 
     Args:
         name: for people.
@@ -73,6 +73,8 @@ class ShrinkPhase:
         elastic: axis -> the values that may be drawn; an axis left out stays at its largest value.
         num_random: subnets drawn a step.
         sandwich: whether the largest and the smallest train in every step.
+        turns: whether only one of the step's subnets learns: the largest in the first step, then the drawn ones, the
+            smallest, the largest again. The same compute then takes several times the steps, on other examples each.
         candidates: k; each drawn subnet is the best or worst of k that cost about the same. 1: it is drawn uniformly.
         prefer: "best" or "worst" of the candidates.
         macs_targets: MACs that drawn subnets should have, one picked at random for each. None given and k above 1: the
@@ -91,6 +93,7 @@ class ShrinkPhase:
     elastic: Mapping[str, tuple[float, ...]]
     num_random: int = 1
     sandwich: bool = False
+    turns: bool = False
     candidates: int = 1
     prefer: str = "best"
     macs_targets: tuple[float, ...] = ()
@@ -114,6 +117,8 @@ class ShrinkPhase:
         self._expect("warmup_fraction", 0 <= self.warmup_fraction < 1, "a number in [0, 1)")
         for name in ("label_weight", "teacher_weight"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        in_turns = "'none' or 'trained' with turns: the largest subnet is not there in every step"
+        self._expect("teacher", not (self.turns and self.teacher == "in_place"), in_turns)
         if self.teacher != "none" and self.label_weight + self.teacher_weight == 0:
             raise ConfigError(f"shrinking phase {self.name!r}: label_weight and teacher_weight are 0: nothing to learn")
 
@@ -233,6 +238,12 @@ class ShrinkSchedule:
     ) -> ShrinkSchedule:
         """A single stage: the largest learns from the labels, the smallest and some random ones from the largest."""
         return cls((_single_stage("sandwich", space, num_steps, num_random, loss),))
+
+    @classmethod
+    def turns(cls, space: SearchSpace, num_steps: int, *, num_random: int = 3) -> ShrinkSchedule:
+        """A single stage without a teacher: the sandwich's subnets learn from the labels, one in each step."""
+        elastic = {axis.name: axis.values for axis in space.axes}
+        return cls((ShrinkPhase("turns", num_steps, elastic, num_random=num_random, sandwich=True, turns=True),))
 
     @classmethod
     def attentive(

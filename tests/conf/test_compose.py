@@ -303,7 +303,7 @@ def test_the_settings_of_shrink_compose_and_name_their_own_keys():
     for override, message in [
         ("shrinking.candidats=2", "shrinking.candidats: unknown setting; did you mean 'shrinking.candidates'?"),
         ("fleet.zzz=3", "fleet: unknown setting; `fedofa settings shrink` prints all of them"),
-        ("shrinking=fast", "shrinking/fast: no such option; available: attentive, none, progressive, sandwich"),
+        ("shrinking=fast", "shrinking/fast: no such option; available: attentive, none, progressive, sandwich, turns"),
         ("shrinking.steps=many", "shrinking.steps: Value 'many'"),
     ]:
         with pytest.raises(ConfigError) as caught:

@@ -113,8 +113,8 @@ def test_attentive_needs_images_on_the_server_and_runs_with_them(simulate, overr
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["shrinking=fast"], "shrinking/fast: no such option; available: attentive, none, progressive, sandwich"),
-        (["shrinking.schedule=fast"], "shrinking.schedule: expected one of ['progressive', 'sandwich', 'attentive',"),
+        (["shrinking=fast"], "shrinking/fast: no such option; available: attentive, none, progressive, sand"),
+        (["shrinking.schedule=fast"], "shrinking.schedule: expected one of ['progressive', 'sandwich', 'turns',"),
         (["shrinking=sandwich", "shrinking.steps=9"], "shrinking.steps: every round is a step of the schedule, so "
          "expected 3 (rounds), found 9"),
         (["shrinking=progressive"], "shrinking.steps: expected at least 5, one a phase, found 3"),

@@ -25,6 +25,7 @@ ALPHA = TeacherLoss("alpha_divergence")
 SCHEDULES = {
     "progressive": ShrinkSchedule.progressive(SPACE, 10),
     "sandwich": ShrinkSchedule.sandwich(SPACE, 6),
+    "turns": ShrinkSchedule.turns(SPACE, 6, num_random=1),
     "attentive": ShrinkSchedule.attentive(SPACE, 4, num_random=1, candidates=2, prefer="worst", loss=ALPHA),
 }
 
@@ -94,6 +95,16 @@ def test_a_steps_gradient_is_the_sum_over_its_subnets():
         gradient = parameter.grad + (0.01 * before[name] if decays else 0.0)
         expected = before[name] - 0.1 * 1.9 * gradient  # Nesterov's first step looks one momentum ahead
         torch.testing.assert_close(shrinking.supernet.shared()[name], expected, atol=2e-5, rtol=1e-3, msg=name)
+
+
+def test_in_turns_steps_train_one_subnet_each_by_the_count_of_their_phase():
+    """A phase before it that does not fill whole turns changes nothing: every phase begins with its largest."""
+    (turns,) = ShrinkSchedule.turns(SPACE, 6, num_random=1).phases
+    shrinking = build(ShrinkSchedule((*one_phase(elastic={}).phases, turns)))
+    steps = [shrinking.advance() for _ in range(11)]
+    assert [len(step.losses) for step in steps] == [1] * 11
+    trained = [next(iter(step.losses)) for step in steps[5:]]
+    assert (trained[0], trained[2], trained[3]) == (SPACE.largest(), SPACE.smallest(), SPACE.largest())
 
 
 def test_kernel_matrices_train_and_unused_weights_stay():

@@ -58,6 +58,19 @@ def test_the_sandwich_is_largest_random_smallest_without_repetition():
     assert fixed.draw(np.random.default_rng(0)) == (SPACE.largest(),)
 
 
+def test_in_turns_one_subnet_learns_a_step_and_every_one_has_its_turn():
+    in_turns, rng = sampler(sandwich=True, num_random=2, turns=True), np.random.default_rng(0)
+    steps = [in_turns.draw(rng, step=step) for step in range(8)]
+    assert [len(drawn) for drawn in steps] == [1] * 8
+    (subnets,) = zip(*steps, strict=True)
+    assert subnets[0] == subnets[4] == SPACE.largest()
+    assert subnets[3] == subnets[7] == SPACE.smallest()
+    assert len(set(subnets)) == 2 + 4, "drawn anew for every turn"
+    assert sampler(num_random=1, turns=True).draw(np.random.default_rng(5), step=9) == sampler().draw(
+        np.random.default_rng(5)
+    )
+
+
 @pytest.mark.parametrize("prefer", ["best", "worst"])
 def test_candidates_of_one_size_are_compared_and_the_best_or_worst_trains(prefer):
     asked = []

@@ -91,6 +91,7 @@ def test_the_rate_rises_linearly_then_falls_by_a_cosine():
     [
         ShrinkSchedule.progressive(PUBLISHED, 100, TeacherLoss("alpha_divergence", max_ratio=3.0)),
         ShrinkSchedule.sandwich(SPACE, 10, num_random=3),
+        ShrinkSchedule.turns(SPACE, 10),
         ShrinkSchedule.attentive(SPACE, 10, candidates=5, prefer="worst", macs_targets=[1e5, 2e5]),
     ],
 )
@@ -104,6 +105,8 @@ def test_the_single_stages():
     assert sandwich.elastic == {axis.name: axis.values for axis in SPACE.axes}
     (attentive,) = ShrinkSchedule.attentive(SPACE, 10, candidates=4).phases
     assert attentive == replace(sandwich, name="attentive", candidates=4)
+    (turns,) = ShrinkSchedule.turns(SPACE, 10).phases
+    assert turns == ShrinkPhase("turns", 10, sandwich.elastic, num_random=3, sandwich=True, turns=True)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,11 @@ def test_the_single_stages():
         ({"num_random": 0}, "phase 'a', num_random: expected at least 1, or 0 with sandwich, found 0"),
         ({"prefer": "median"}, "phase 'a', prefer: expected one of ['best', 'worst'], found 'median'"),
         ({"teacher": "mine"}, "phase 'a', teacher: expected one of ['none', 'trained', 'in_place'], found 'mine'"),
+        (
+            {"turns": True, "teacher": "in_place"},
+            "phase 'a', teacher: expected 'none' or 'trained' with turns: the largest subnet is not there in every "
+            "step, found 'in_place'",
+        ),
         ({"macs_targets": (-1.0,)}, "phase 'a', macs_targets: expected positive numbers, found (-1.0,)"),
         ({"warmup_fraction": 1.0}, "phase 'a', warmup_fraction: expected a number in [0, 1), found 1.0"),
         ({"teacher": "trained", "label_weight": 0, "teacher_weight": 0}, "nothing to learn"),
