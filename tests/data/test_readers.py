@@ -36,7 +36,7 @@ def idx_folder(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for part, count in (("train", 6), ("t10k", 3)):
         images = idx(rng.integers(0, 256, (count, 4, 5)))
-        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images, mtime=0))
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) + 4))
     return folder
 
@@ -61,9 +61,9 @@ def test_idx_files_are_read_in_order(idx_folder: Path, tmp_path: Path) -> None:
         ("train-labels-idx1-ubyte", idx(np.zeros(6))[:-1], "header says 6 bytes, found 5"),
         ("train-labels-idx1-ubyte", idx(np.zeros(5)), "holds 6 images, but .* 5 labels"),
         ("train-labels-idx1-ubyte", idx(np.full(6, 10)), "labels from 0 to 9, found 10"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((3, 4, 4)))), "size of the test images"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((3, 4, 4))), mtime=0), "size of the test images"),
         ("t10k-images-idx3-ubyte.gz", b"no gzip", "t10k-images-idx3-ubyte.gz cannot be read"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((3, 4, 5))))[:-9], "cannot be read"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((3, 4, 5))), mtime=0)[:-9], "cannot be read"),
     ],
 )
 def test_damaged_idx_files_are_refused(
