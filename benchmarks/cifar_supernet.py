@@ -1,11 +1,11 @@
 """One supernet beside sizes trained alone, on CIFAR-10: `python benchmarks/cifar_supernet.py`.
 
-The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen), then its largest
-subnet learns alone, then a single stage of shrinking trains all. Three sizes are cut from the same start and trained
-alone, each for as many multiply-accumulates as the supernet's whole training took. The table gives the accuracy of ten
-subnets on the 10,000 test images: before shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder
-and goes on where it was stopped; `train NAME` and `score NAME` do one part, so that parts can run side by side;
-`table` leaves out sizes that were not trained alone. The last line is machine-readable.
+The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen), then a single
+stage of shrinking trains it: the largest, three random subnets and the smallest learn in turn, one a step. Three sizes
+are cut from the same start and trained alone, each for as many multiply-accumulates as the supernet's training took.
+The table gives the accuracy of ten subnets on the 10,000 test images: before shrinking, after, and alone. Every part is
+a `fedofa shrink` in its own folder and goes on where it was stopped; `train NAME` and `score NAME` do one part, so that
+parts can run side by side; `table` leaves out sizes that were not trained alone. The last line is machine-readable.
 """
 
 import argparse
@@ -34,8 +34,8 @@ _BETWEEN = ({"depth": 1, "expand": 0.75}, {"expand": 0.75})
 _NUM_RANDOM = 5
 _SUBNET_SEED = 11
 PARTS = ("head", "supernet", *ALONE)
-_FIRST = 0.4
-"""Steps in which the largest subnet learns alone, for each step of the single stage: a sixth of the compute."""
+_TURNS = 3
+"""Random subnets between the turns of the largest and of the smallest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +69,17 @@ class Job:
             return [*common, *_alone(_LARGEST, self.head_steps), "shrinking.frozen=[stem,stages,mix]", *rate]
         common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
         if part == "supernet":
-            return [*common, "shrinking.schedule=phases", f"shrinking.phases={self.phases()}"]
+            return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", f"shrinking.num_random={_TURNS}"]
         return [*common, *_alone(ALONE[part], self.steps_alone(part))]
 
-    @property
-    def first_steps(self) -> int:
-        """Of the largest subnet alone."""
-        return round(_FIRST * self.steps)
-
-    def phases(self) -> str:
-        """The supernet's schedule: the teacher to be first, then the sandwich, which learns from labels as well."""
-        every = "elastic:{depth:[1,2,3,4],kernel:[3,5],expand:[0.5,0.75,1.0]}"
-        taught = "teacher:in_place,label_weight:0.5,teacher_weight:0.5"
-        first = f"{{name:largest,steps:{self.first_steps},elastic:{{depth:[4]}},num_random:1,teacher:none}}"
-        return f"[{first},{{name:sandwich,steps:{self.steps},{every},sandwich:true,num_random:2,{taught}}}]"
-
     def steps_alone(self, part: str) -> int:
-        """Steps in which a size alone takes as many multiply-accumulates as the supernet in its whole training."""
+        """Steps in which a size alone takes as many multiply-accumulates as the supernet."""
         supernet = self.started("head").supernet
         space = supernet.space
         rng = np.random.default_rng(0)
         drawn = np.mean([macs(supernet, space.sample(rng)) for _ in range(2000)])
-        largest = macs(supernet, space.largest())
-        a_step = largest + macs(supernet, space.smallest()) + 2 * drawn
-        whole = self.first_steps * largest + self.steps * a_step
+        ends = macs(supernet, space.largest()) + macs(supernet, space.smallest())
+        whole = self.steps * (ends + _TURNS * drawn) / (2 + _TURNS)
         return round(whole / macs(supernet, space.subnet(**ALONE[part])))
 
     def started(self, part: str) -> Run:
@@ -162,8 +149,7 @@ def measure(job: Job) -> dict[str, Any]:
     ]
     rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
-    steps = job.first_steps + job.steps
-    described = {"schedule": "largest, then sandwich", "steps": steps, "seed": job.seed, "precision": job.precision}
+    described = {"schedule": "turns", "steps": job.steps, "seed": job.seed, "precision": job.precision}
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
@@ -198,7 +184,7 @@ def main() -> None:
     parser.add_argument("action", nargs="?", choices=("all", "train", "score", "table"), default="all")
     parser.add_argument("parts", nargs="*", help=f"of `train` and `score`: {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
-    parser.add_argument("--steps", type=int, default=800, help="of the single stage, 64 images each")
+    parser.add_argument("--steps", type=int, default=3782, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)

@@ -398,6 +398,7 @@ class ShrinkingConf(ScheduleConf):
     max_gradient_norm: float = MISSING
     max_shift: int = MISSING  # random shifts of the images, in pixels
     frozen: list[str] = MISSING  # parts that do not train, e.g. [stem, stages.0]
+    order_batches: int = MISSING  # batches by which channels are ordered before the first step; 0: as they are
     precision: str = MISSING  # of convolutions and matrix products: "float32" | "bfloat16"
 
 

@@ -24,12 +24,14 @@ from fedofa.shrinking.losses import build_distance
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.elastic import ElasticSupernet
+from fedofa.supernet.importance import measured_ordering
 from fedofa.types.errors import CheckpointError, ConfigError, DatasetError, DivergenceError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
 
-_SUBNETS, _ORDER, _IMAGES = 1, 2, 3
-"""Tell the random numbers of subnets, of the examples' order and of augmentation and dropout apart."""
+_SUBNETS, _ORDER, _IMAGES, _CHANNELS = 1, 2, 3, 4
+"""Tell the random numbers of subnets, the examples' order, augmentation and dropout, and channels' importance apart."""
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -49,6 +51,8 @@ class CentralTraining:
         max_shift: each image is moved by up to so many pixels along both sides.
         frozen: names of parts ("stem", "stages.0") whose parameters stay as they are; their norms still use the
             batch's statistics, as every other does, so that calibration afterwards suits them too.
+        order_batches: batches of training examples on which the largest subnet says which channels narrower ones keep
+            (`importance.measured_ordering`), before the first step; 0 keeps the ordering that the supernet has.
         precision: of the convolutions and matrix products, "float32" or "bfloat16" (autocast: weights, gradients,
             statistics and losses stay float32). The latter pays on processors that multiply bfloat16 themselves.
     """
@@ -61,6 +65,7 @@ class CentralTraining:
     max_gradient_norm: float = 1.0
     max_shift: int = 0
     frozen: tuple[str, ...] = ()
+    order_batches: int = 0
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class CentralTraining:
         self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
         self._expect("max_gradient_norm", 0 <= self.max_gradient_norm < math.inf, "a number of at least 0")
         self._expect("max_shift", self.max_shift >= 0, "at least 0")
+        self._expect("order_batches", self.order_batches >= 0, "at least 0")
         self._expect("precision", self.precision in PRECISIONS, f"one of {list(PRECISIONS)}")
 
     def _expect(self, name: str, holds: bool, wanted: str) -> None:
@@ -102,7 +108,8 @@ class CentralShrinking:
 
     Raises:
         SpaceError, InfeasibilityError: when a phase leaves the space, before anything trains.
-        ConfigError: when `training.frozen` names a part that is not there, or leaves nothing to train.
+        ConfigError: when `training.frozen` names a part that is not there, or leaves nothing to train; for
+            `training.order_batches` where there are no channels to order.
     """
 
     def __init__(
@@ -119,6 +126,8 @@ class CentralShrinking:
     ) -> None:
         if len(labels) < 2:
             raise DatasetError(f"shrinking needs at least 2 training examples, found {len(labels)}")
+        if training.order_batches and not isinstance(supernet, ElasticSupernet):
+            raise ConfigError("shrinking.order_batches: this supernet has no channels to order; expected 0")
         self.supernet = supernet
         self.schedule = schedule
         self.training = training
@@ -139,6 +148,8 @@ class CentralShrinking:
             DivergenceError: when the loss is no longer finite; the weights are then those before the step.
         """
         index, within = self.schedule.phase_at(self.done)
+        if self.done == 0 and self.training.order_batches:
+            self._order_channels()
         phase, rate = self.schedule.phases[index], self._set_rate(index, within)
         if phase.teacher == "trained" and self._teacher is None:
             self._teacher = {name: tensor.detach().clone() for name, tensor in self.supernet.shared().items()}
@@ -160,10 +171,9 @@ class CentralShrinking:
 
     def _accumulate(self, phase: ShrinkPhase, sampler: PhaseSampler, within: int) -> dict[SubnetConfig, float]:
         """The gradients of all subnets of the step in the shared weights, and their losses."""
-        batch = self._batch()
         generator = torch.Generator().manual_seed(self._seed_of(_IMAGES, self.done))
-        pixels = prepare_inputs(self._images[batch], self._mean, self._std)
-        pixels, labels = shifted(pixels, self.training.max_shift, generator), torch.from_numpy(self._labels[batch])
+        pixels, labels = self._examples(self.done)
+        pixels = shifted(pixels, self.training.max_shift, generator)
         inputs_of = lru_cache(maxsize=None)(lambda subnet: self._inputs(pixels, subnet))
         label_loss = self._label_loss(labels)
         score_of = self._score(inputs_of, labels) if phase.candidates > 1 else None
@@ -192,13 +202,24 @@ class CentralShrinking:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.training.precision == "bfloat16")
 
-    def _batch(self) -> np.ndarray:
-        """Indices of the step's examples: every epoch in an order of its own, what does not fill a batch left out."""
+    def _order_channels(self) -> None:
+        """By the measured importance on the first batches."""
+        assert isinstance(self.supernet, ElasticSupernet)  # `__init__` refused others
+        largest = self.supernet.space.largest()
+        examples = (self._examples(number) for number in range(self.training.order_batches))
+        batches = ((self._inputs(pixels, largest), labels) for pixels, labels in examples)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(self._seed_of(_CHANNELS, 0))
+            self.supernet.set_ordering(measured_ordering(self.supernet, batches))
+
+    def _examples(self, step: int) -> tuple[Tensor, Tensor]:
+        """A step's pixels and labels: every epoch in an order of its own, what does not fill a batch left out."""
         size = min(self.training.batch_size, len(self._labels))
         per_epoch = len(self._labels) // size
-        epoch, number = divmod(self.done, per_epoch)
+        epoch, number = divmod(step, per_epoch)
         order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self._labels))
-        return order[number * size : (number + 1) * size]
+        batch = order[number * size : (number + 1) * size]
+        return prepare_inputs(self._images[batch], self._mean, self._std), torch.from_numpy(self._labels[batch])
 
     def _inputs(self, pixels: Tensor, subnet: SubnetConfig) -> Tensor:
         side = self.supernet.resolution(subnet)

@@ -1,5 +1,7 @@
 """Law 6: subnets cut from published-format weights are the peer package's; the ordering does not change the largest."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from cohorts import SPECS, build_supernet, seeds
 from hypothesis import given, settings
 
 from fedofa.evaluation.calibration import calibrate
-from fedofa.supernet.importance import channel_ordering
+from fedofa.supernet.importance import channel_ordering, measured_ordering
 from fedofa.supernet.published import PUBLISHED, load_published, load_published_weights, published_names, save_published
 from fedofa.types.errors import CheckpointError
 from fedofa.types.space import SubnetConfig
@@ -218,6 +220,52 @@ def test_importance_keeps_the_channels_that_matter():
         assert (supernet(x, narrow) - expected).abs().max() > 1e-3
         supernet.set_ordering(channel_ordering(supernet.network_spec(wide), supernet.state().tensors))
         torch.testing.assert_close(supernet(x, narrow), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_measured_importance_sees_channels_that_are_never_active():
+    """Large weights read what is always 0: their sums keep such channels, their effect on the loss drops them."""
+    supernet = build_supernet(1, norm="batch", shuffled=False)
+    space, shared, rng = supernet.space, supernet.shared(), np.random.default_rng(0)
+    for block in supernet.network_spec(space.largest()).blocks[1:]:
+        dead = rng.permutation(block.mid_channels)[block.mid_channels // 3 :]
+        with torch.no_grad():
+            shared[f"{block.name}.depthwise.norm.weight"][dead] = 0
+            shared[f"{block.name}.depthwise.norm.bias"][dead] = 0
+            shared[f"{block.name}.project.conv.weight"][:, dead] *= 10
+            if block.squeeze_excite:
+                shared[f"{block.name}.squeeze_excite.expand.conv.weight"][:, 8:] = 0
+    before = {name: tensor.clone() for name, tensor in shared.items()}
+    narrow, wide = space.subnet(expand=1), space.largest()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 1, 20, 20, generator=generator)
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((supernet.eval()(x, narrow) - supernet(x, wide)).abs().max())
+
+    supernet.set_ordering(channel_ordering(supernet.network_spec(wide), supernet.state().tensors))
+    assert distance() > 1e-3
+    shared["stem.conv.weight"].requires_grad_(False)
+    supernet.set_ordering(measured_ordering(supernet, [(x, torch.arange(8) % 3)]))
+    assert distance() < 1e-5
+    assert all(torch.equal(tensor, before[name]) and tensor.grad is None for name, tensor in shared.items())
+    assert not supernet.training
+    assert not shared["stem.conv.weight"].requires_grad
+
+
+def test_measured_importance_is_the_square_of_weight_times_gradient_over_batches():
+    supernet = build_supernet(2, norm="batch")
+    supernet.spec = replace(supernet.spec, dropout=0.0)
+    block = supernet.network_spec(supernet.space.largest()).blocks[1]
+    weight = supernet.shared()[f"{block.name}.project.conv.weight"]
+    batches = [(torch.randn(4, 1, 20, 20), torch.arange(4) % 3) for _ in range(2)]
+    expected = torch.zeros(block.mid_channels)
+    for x, labels in batches:
+        loss = torch.nn.functional.cross_entropy(supernet.train()(x, supernet.space.largest()), labels)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        expected += (weight.detach() * gradient).sum(dim=(0, 2, 3)) ** 2
+    order = measured_ordering(supernet, batches)[f"{block.name}.mid"]
+    assert (np.diff(expected.numpy()[order]) <= 1e-7 * float(expected.max())).all()
 
 
 @pytest.mark.parametrize("spec", [*PUBLISHED.values(), *SPECS.values()])

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from cohorts import build_supernet
+from torch import nn
 from torch.nn import functional
 
 from fedofa.finetune.inputs import prepare_inputs, resized
 from fedofa.shrinking.central import CentralShrinking, CentralTraining
 from fedofa.shrinking.losses import soft_cross_entropy
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule, TeacherLoss
+from fedofa.supernet.fixed import FixedSupernet
 from fedofa.types.errors import CheckpointError, ConfigError, DatasetError, DivergenceError, SpaceError
 
 RNG = np.random.default_rng(0)
@@ -105,6 +107,23 @@ def test_in_turns_steps_train_one_subnet_each_by_the_count_of_their_phase():
     assert [len(step.losses) for step in steps] == [1] * 11
     trained = [next(iter(step.losses)) for step in steps[5:]]
     assert (trained[0], trained[2], trained[3]) == (SPACE.largest(), SPACE.smallest(), SPACE.largest())
+
+
+def test_channels_are_ordered_by_the_first_batches_before_the_first_step_and_never_again():
+    recipe = replace(TRAINING, order_batches=2, frozen=("stages.1",))
+    shrinking = build(SCHEDULES["sandwich"], recipe)
+    given = {group: order.tolist() for group, order in shrinking.supernet.ordering.items()}
+    shrinking.advance()
+    ordering = {group: order.tolist() for group, order in shrinking.supernet.ordering.items()}
+    assert set(ordering) == set(shrinking.supernet.channel_groups())
+    assert ordering != given
+    resumed = build(SCHEDULES["sandwich"], recipe)
+    resumed.restore(shrinking.state())
+    assert run(resumed) == run(shrinking) == run(build(SCHEDULES["sandwich"], recipe))
+    assert {group: order.tolist() for group, order in resumed.supernet.ordering.items()} == ordering
+    fixed = FixedSupernet(nn.Linear(4, 2), (4,))
+    with pytest.raises(ConfigError, match=r"shrinking.order_batches: .*no channels to order; expected 0"):
+        CentralShrinking(fixed, one_phase(), replace(TRAINING, order_batches=1), IMAGES, LABELS, [0], [1], seed=0)
 
 
 def test_kernel_matrices_train_and_unused_weights_stay():
