@@ -1,11 +1,12 @@
 """One supernet beside sizes trained alone, on CIFAR-10: `python benchmarks/cifar_supernet.py`.
 
-The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen), then a single
-stage of shrinking trains it: the largest, three random subnets and the smallest learn in turn, one a step. Three sizes
-are cut from the same start and trained alone, each for as many multiply-accumulates as the supernet's training took.
-The table gives the accuracy of ten subnets on the 10,000 test images: before shrinking, after, and alone. Every part is
-a `fedofa shrink` in its own folder and goes on where it was stopped; `train NAME` and `score NAME` do one part, so that
-parts can run side by side; `table` leaves out sizes that were not trained alone. The last line is machine-readable.
+The supernet of EfficientNet-Lite0 at 96 px gets a classifier (the largest subnet's, all else frozen) and its channels
+are ordered by their effect on the loss. Then a single stage of shrinking trains it: the largest, three random subnets
+and the smallest learn in turn, one a step. Three sizes are cut from the same start and trained alone, each for as many
+multiply-accumulates as the supernet's training took. The table gives the accuracy of ten subnets on the 10,000 test
+images: before shrinking, after, and alone. Every part is a `fedofa shrink` in its own folder and goes on where it was
+stopped; `train NAME` and `score NAME` do one part, so that parts can run side by side; `table` leaves out sizes that
+were not trained alone. The last line is machine-readable.
 """
 
 import argparse
@@ -34,6 +35,8 @@ _BETWEEN = ({"depth": 1, "expand": 0.75}, {"expand": 0.75})
 _NUM_RANDOM = 5
 _SUBNET_SEED = 11
 PARTS = ("head", "supernet", *ALONE)
+_ORDER_BATCHES = 30
+"""By which the largest subnet, as it has its classifier, says which channels narrower ones keep."""
 _TURNS = 3
 """Random subnets between the turns of the largest and of the smallest."""
 
@@ -68,6 +71,7 @@ class Job:
             rate = ["shrinking.learning_rate=0.005", "shrinking.max_gradient_norm=0"]
             return [*common, *_alone(_LARGEST, self.head_steps), "shrinking.frozen=[stem,stages,mix]", *rate]
         common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
+        common += [f"shrinking.order_batches={_ORDER_BATCHES}"]
         if part == "supernet":
             return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", f"shrinking.num_random={_TURNS}"]
         return [*common, *_alone(ALONE[part], self.steps_alone(part))]

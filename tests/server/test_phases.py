@@ -167,6 +167,19 @@ def test_the_schedule_gives_the_rates_and_the_names_of_the_rounds():
         made.rate(41)
 
 
+def test_in_turns_a_round_has_one_subnet_and_everybody_trains_it_or_what_lies_within():
+    made = shrinking("tsbb", ShrinkSchedule.turns(SPACE, 8, num_random=2))
+    rounds = [made.subnets(number, STATE) for number in range(1, 9)]
+    assert [drawn for number, drawn in enumerate(rounds) if number % 4 == 0] == [[LARGEST]] * 2
+    assert [drawn for number, drawn in enumerate(rounds) if number % 4 == 3] == [[SMALLEST]] * 2
+    for number, (subnet,) in enumerate(rounds, 1):
+        found = cohort_of(made, number)
+        assert len(found.members) == 4
+        assert all(within(item.fit.subnet, subnet) and item.teacher is None for item in found.members)
+        assert {item.fit.subnet for item in found.members if item.client.profile.device_class == "big"} == {subnet}
+        assert not found.untaught
+
+
 def test_a_repeated_round_asks_others_for_the_same_subnets():
     made = shrinking("bbbbbb", ShrinkSchedule.sandwich(SPACE, 8))
     first = cohort_of(made, 2, size=3)
