@@ -218,6 +218,7 @@ def test_segments_cover_the_chain_in_order_and_keep_less_than_one_or_all():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 20 processes that train, one after the other
 def test_law_8_the_measured_peak_never_exceeds_the_figure(tmp_path):
     """20 random (subnet, budget) pairs, each trained in a process of its own."""
     command = [sys.executable, str(BENCHMARK), "--pairs", "20", "--rows", str(tmp_path / "rows.jsonl")]
