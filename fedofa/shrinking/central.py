@@ -213,13 +213,16 @@ class CentralShrinking:
             self.supernet.set_ordering(measured_ordering(self.supernet, batches))
 
     def _examples(self, step: int) -> tuple[Tensor, Tensor]:
-        """A step's pixels and labels: every epoch in an order of its own, what does not fill a batch left out."""
-        size = min(self.training.batch_size, len(self._labels))
-        per_epoch = len(self._labels) // size
-        epoch, number = divmod(step, per_epoch)
-        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self._labels))
-        batch = order[number * size : (number + 1) * size]
+        """A step's pixels and labels."""
+        batch = self._batch(step)
         return prepare_inputs(self._images[batch], self._mean, self._std), torch.from_numpy(self._labels[batch])
+
+    def _batch(self, step: int) -> np.ndarray:
+        """Indices of a step's examples: every epoch in an order of its own, what does not fill a batch left out."""
+        size = min(self.training.batch_size, len(self._labels))
+        epoch, number = divmod(step, len(self._labels) // size)
+        order = np.random.default_rng([self.seed, _ORDER, epoch]).permutation(len(self._labels))
+        return order[number * size : (number + 1) * size]
 
     def _inputs(self, pixels: Tensor, subnet: SubnetConfig) -> Tensor:
         side = self.supernet.resolution(subnet)

@@ -36,8 +36,8 @@ def measured_ordering(supernet: ElasticSupernet, batches: Iterable[tuple[Tensor,
 
     The loss's first-order change when a channel is taken away is the sum over the weights that read it of weight times
     gradient; its square, summed over the batches, is the channel's importance (arXiv 1906.10771, section 3.1, with the
-    reading weights as the group). Norms use the batch's statistics, dropout drops. The weights stay as
-    they are.
+    reading weights as the group). Norms use the batch's statistics, dropout drops. The weights stay as they are; a
+    classifier of zeros tells channels apart as little as it tells classes.
 
     Args:
         supernet: whose largest subnet is looked at; its parameters keep their gradients and what asks for any.

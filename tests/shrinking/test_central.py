@@ -171,9 +171,7 @@ def test_the_teacher_is_the_network_as_it_was_when_its_first_phase_began():
 
 def test_every_example_is_seen_once_an_epoch():
     shrinking = build(one_phase(), CentralTraining(batch_size=25))
-    seen = []
-    for shrinking.done in range(4):
-        seen.append(shrinking._batch().tolist())
+    seen = [shrinking._batch(step).tolist() for step in range(4)]
     assert sorted(seen[0] + seen[1]) == sorted(seen[2] + seen[3]) == list(range(50))
     assert seen[:2] != seen[2:]
 
