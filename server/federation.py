@@ -308,7 +308,7 @@ def build_first(description: dict[str, Any], generator: torch.Generator) -> Supe
     structure = build_supernet(description)
     if not isinstance(structure, ChainSupernet):
         raise ConfigError(f"supernet.pretrained: expected the family 'chain', found {description['family']!r}")
-    return start_from(structure.spec, pretrained, generator)
+    return start_from(structure.spec, pretrained, generator, say)
 
 
 def _plans(

@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 
 from fedofa.search.fit import FitSearch, PlanOf, capacity, uniform_subnets
+from fedofa.shrinking.channels import sorted_channels, with_channels
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
@@ -98,9 +99,17 @@ class FederatedShrinking:
         index, within = self.schedule.phase_at(server_round - 1)
         return self.schedule.phases[index].rate(within)
 
-    def with_teacher(self, server_round: int, state: SharedState) -> SharedState:
-        """The state that keeps its tensors as the trained teacher's, where the first phase that has one begins."""
-        if self.phase_of(server_round).teacher != "trained" or TEACHER in state.moments:
+    def entered(self, server_round: int, state: SharedState) -> SharedState:
+        """The state that a round begins with: in a phase's first, channels ordered and the trained teacher kept.
+
+        A repeated round finds the same.
+        """
+        phase, (index, within) = self.phase_of(server_round), self.schedule.phase_at(server_round - 1)
+        if phase.order_channels and within == 0:
+            supernet = with_channels(self.supernet, f"shrinking phase {phase.name!r}")
+            state = replace(state, ordering=sorted_channels(supernet, self.schedule.phases[:index], state))
+            supernet.set_ordering(state.ordering)
+        if phase.teacher != "trained" or TEACHER in state.moments:
             return state
         return replace(state, moments={**state.moments, TEACHER: dict(state.tensors)})
 

@@ -192,7 +192,7 @@ def _identity(conf: ShrinkConf) -> dict[str, Any]:
 def _write_outputs(
     run: Run, watched: Mapping[str, SubnetConfig], before: Mapping[str, Score], totals: Totals, output_dir: Path
 ) -> None:
-    state = _with_largest_statistics(run)
+    state = with_largest_statistics(run)
     after = run.scorer.score(state, watched)
     raw = run.scorer.score_uncalibrated(state, watched) if run.scorer.calibrates else {}
     rows = []
@@ -218,14 +218,17 @@ def _write_outputs(
     plot_shrinking(summary, output_dir / "accuracy_vs_macs.png")
 
 
-def _with_largest_statistics(run: Run) -> SharedState:
+def with_largest_statistics(run: Run) -> SharedState:
     """The trained weights; where there is batch norm, with the largest subnet's calibrated statistics."""
-    state = run.supernet.state()
+    state, largest = run.supernet.state(), run.supernet.space.largest()
     if not run.scorer.calibrates:
         return state
-    largest = run.scorer.calibrated_tensors(state, run.supernet.space.largest())
-    statistics = {name for name, _ in run.supernet.network.named_buffers()}
-    tensors = {name: largest[name] if name in statistics else value for name, value in state.tensors.items()}
+    calibrated = run.scorer.calibrated_tensors(state, largest)
+    tensors = dict(state.tensors)
+    for item in run.supernet.slice_map(largest):
+        if item.role == "statistic":
+            tensors[item.name] = np.empty_like(state.tensors[item.name])
+            tensors[item.name][item.index] = calibrated[item.name]
     return replace(state, tensors=tensors)
 
 

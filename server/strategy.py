@@ -237,7 +237,7 @@ class FedOFA(Strategy):
         """Who trains what: by the devices, or by the schedule and the devices."""
         if self.shrinking is not None:
             self._record.phase = self.shrinking.phase_of(server_round).name
-            self.state = self.shrinking.with_teacher(server_round, self.state)
+            self.state = self.shrinking.entered(server_round, self.state)
             return self.shrinking.cohort(server_round, self.state, failed, self.settings.clients_per_round, rng)
         smallest = None if self.settings.uniform else partial(self.planner.fit_of, self.supernet.space.smallest())
         members = draw_cohort(self.plan.without(failed), self.settings.clients_per_round, smallest, rng)

@@ -18,7 +18,7 @@ from safetensors.numpy import save as save_tensors
 
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.network import is_lite
-from fedofa.supernet.published import start_from_published
+from fedofa.supernet.published import MisfitError, start_from_published
 from fedofa.types.errors import CheckpointError
 from fedofa.types.state import SharedState
 from server.checkpoint import replace_file
@@ -48,6 +48,8 @@ def write_supernet(
 def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> str | None:
     """Take over the weights that a run left in a folder, with their channel ordering, or those of a published file.
 
+    The supernet's normalisation becomes the one that the weights were trained with, where that is known.
+
     Args:
         supernet: of the space that the weights are of.
         path: the folder, or its `supernet.safetensors`, or a published Once-for-All checkpoint.
@@ -69,6 +71,8 @@ def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> st
 def _start_from_file(supernet: Supernet, path: Path, generator: torch.Generator) -> str | None:
     try:
         left_out = start_from_published(supernet, path, generator)
+    except MisfitError as error:
+        raise MisfitError(f"supernet_weights: {error}", error.problems) from error
     except CheckpointError as error:
         raise CheckpointError(f"supernet_weights: {error}") from error
     if left_out is None:
@@ -78,7 +82,8 @@ def _start_from_file(supernet: Supernet, path: Path, generator: torch.Generator)
 
 def _start_from_folder(supernet: Supernet, folder: Path) -> None:
     try:
-        description = json.loads((folder / _DESCRIPTION).read_bytes())["supernet"]
+        content = json.loads((folder / _DESCRIPTION).read_bytes())
+        description, normalisation = content["supernet"], content.get("normalisation")
         arrays = load_tensors((folder / _TENSORS).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
@@ -86,6 +91,8 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
             f"{_DESCRIPTION}, or a published checkpoint file"
         ) from error
     _check_description(folder, description, supernet.description())
+    if normalisation:
+        _check_normalisation(folder, normalisation)
     ordering = {name.removeprefix(_ORDERING): item for name, item in arrays.items() if name.startswith(_ORDERING)}
     tensors = {name: item for name, item in arrays.items() if not name.startswith(_ORDERING)}
     if not any(map(is_lite, tensors)):  # branches that are added now begin as this run draws them
@@ -94,6 +101,21 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
         supernet.load_state(SharedState(0, tensors, ordering))
     except CheckpointError as error:
         raise CheckpointError(f"supernet_weights: {folder / _TENSORS}: {error}") from error
+    if normalisation:
+        supernet.normalisation = normalisation
+
+
+def _check_normalisation(folder: Path, found: Any) -> None:
+    try:
+        mean, std = np.array(found["mean"], float), np.array(found["std"], float)
+        usable = mean.ndim == 1 and mean.shape == std.shape and np.isfinite([mean, std]).all() and (std > 0).all()
+    except (KeyError, TypeError, ValueError):
+        usable = False
+    if not usable:
+        raise CheckpointError(
+            f'supernet_weights: {folder / _DESCRIPTION}: normalisation: expected "mean" and "std", as many finite '
+            f"numbers each and those of std positive, found {found!r}; correct it, or remove it to use the data's own"
+        )
 
 
 def _check_description(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -129,7 +129,8 @@ class DeviceSearch:
         subnet = self.index.encoding.subnet(row)
         raise InfeasibilityError(
             f"no subnet of {subnet.family!r} meets the limits. With the nearest, "
-            f"{describe(self.index.encoding.space, subnet)}, {limits.miss(batch)}",
+            f"{describe(self.index.encoding.space, subnet)}, {limits.miss(batch)}. Raise what is exceeded, or take a "
+            "supernet with smaller subnets",
             nearest=subnet,
         )
 

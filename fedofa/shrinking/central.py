@@ -20,11 +20,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedofa.finetune.inputs import prepare_inputs, resized
 from fedofa.finetune.ops.depthwise import FastDepthwise
 from fedofa.finetune.trainer import shifted
+from fedofa.shrinking.channels import kept_widths, sorted_channels, with_channels
 from fedofa.shrinking.losses import build_distance
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
-from fedofa.supernet.elastic import ElasticSupernet
 from fedofa.supernet.importance import measured_ordering
 from fedofa.types.errors import CheckpointError, ConfigError, DatasetError, DivergenceError
 from fedofa.types.space import SubnetConfig
@@ -52,7 +52,8 @@ class CentralTraining:
         frozen: names of parts ("stem", "stages.0") whose parameters stay as they are; their norms still use the
             batch's statistics, as every other does, so that calibration afterwards suits them too.
         order_batches: batches of training examples on which the largest subnet says which channels narrower ones keep
-            (`importance.measured_ordering`), before the first step; 0 keeps the ordering that the supernet has.
+            (`importance.measured_ordering`): before the first step, and where a phase orders channels. 0: the first
+            phase keeps the ordering that the supernet has, a phase that orders channels does so by L1 importance.
         precision: of the convolutions and matrix products, "float32" or "bfloat16" (autocast: weights, gradients,
             statistics and losses stay float32). The latter pays on processors that multiply bfloat16 themselves.
     """
@@ -108,8 +109,8 @@ class CentralShrinking:
 
     Raises:
         SpaceError, InfeasibilityError: when a phase leaves the space, before anything trains.
-        ConfigError: when `training.frozen` names a part that is not there, or leaves nothing to train; for
-            `training.order_batches` where there are no channels to order.
+        ConfigError: when `training.frozen` names a part that is not there, or leaves nothing to train; where channels
+            are to be ordered and the supernet has none.
     """
 
     def __init__(
@@ -126,8 +127,8 @@ class CentralShrinking:
     ) -> None:
         if len(labels) < 2:
             raise DatasetError(f"shrinking needs at least 2 training examples, found {len(labels)}")
-        if training.order_batches and not isinstance(supernet, ElasticSupernet):
-            raise ConfigError("shrinking.order_batches: this supernet has no channels to order; expected 0")
+        if training.order_batches:
+            with_channels(supernet, "shrinking.order_batches")
         self.supernet = supernet
         self.schedule = schedule
         self.training = training
@@ -148,9 +149,9 @@ class CentralShrinking:
             DivergenceError: when the loss is no longer finite; the weights are then those before the step.
         """
         index, within = self.schedule.phase_at(self.done)
-        if self.done == 0 and self.training.order_batches:
-            self._order_channels()
         phase, rate = self.schedule.phases[index], self._set_rate(index, within)
+        if within == 0 and (phase.order_channels or (index == 0 and self.training.order_batches)):
+            self._order_channels(index)
         if phase.teacher == "trained" and self._teacher is None:
             self._teacher = {name: tensor.detach().clone() for name, tensor in self.supernet.shared().items()}
         self.supernet.train()
@@ -202,15 +203,18 @@ class CentralShrinking:
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.training.precision == "bfloat16")
 
-    def _order_channels(self) -> None:
-        """By the measured importance on the first batches."""
-        assert isinstance(self.supernet, ElasticSupernet)  # `__init__` refused others
-        largest = self.supernet.space.largest()
+    def _order_channels(self, index: int) -> None:
+        """By importance, measured on the first batches or of the weights alone; earlier phases' subnets stay."""
+        supernet = with_channels(self.supernet, f"shrinking phase {self.schedule.phases[index].name!r}")
+        earlier = self.schedule.phases[:index]
+        if not self.training.order_batches:
+            supernet.set_ordering(sorted_channels(supernet, earlier, supernet.state()))
+            return
         examples = (self._examples(number) for number in range(self.training.order_batches))
-        batches = ((self._inputs(pixels, largest), labels) for pixels, labels in examples)
+        batches = ((self._inputs(pixels, supernet.space.largest()), labels) for pixels, labels in examples)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self._seed_of(_CHANNELS, 0))
-            self.supernet.set_ordering(measured_ordering(self.supernet, batches))
+            supernet.set_ordering(measured_ordering(supernet, batches, kept_widths(supernet, earlier)))
 
     def _examples(self, step: int) -> tuple[Tensor, Tensor]:
         """A step's pixels and labels."""
@@ -280,23 +284,38 @@ class CentralShrinking:
         """Go on from what `state` gave.
 
         Raises:
-            CheckpointError: when it is of another supernet or beyond the schedule.
+            CheckpointError: when it is of another supernet or beyond the schedule; the weights are then as they were.
         """
         if state.version > self.schedule.num_steps:
             raise CheckpointError(
                 f"the checkpoint is of step {state.version:,}, beyond the schedule's {self.schedule.num_steps:,}; "
                 "resume with the schedule it was made with"
             )
+        momentum = state.moments.get("momentum", {})
+        self._check_momentum(momentum)
         self.supernet.load_state(state)
         self._optimiser.state.clear()
-        for name, value in state.moments.get("momentum", {}).items():
-            if name not in self._parameters or tuple(self._parameters[name].shape) != value.shape:
-                raise CheckpointError(f"the checkpoint has momentum for {name!r}, which this supernet does not have")
+        for name, value in momentum.items():
             self._optimiser.state[self._parameters[name]]["momentum_buffer"] = torch.from_numpy(value.copy())
         teacher = state.moments.get("teacher", {})
         self._teacher = {name: torch.from_numpy(value.copy()) for name, value in teacher.items()} or None
         self._teacher_module = None
         self.done = state.version
+
+    def _check_momentum(self, momentum: Mapping[str, np.ndarray]) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        wrong = [name for name, value in momentum.items() if shapes.get(name) != value.shape]
+        if wrong:
+            name = wrong[0]
+            known = name in dict(self.supernet.network.named_parameters())
+            expected = shapes.get(
+                name, "none, since it is frozen here" if known else "none, since there is no such one"
+            )
+            raise CheckpointError(
+                f"the checkpoint's momentum of {len(wrong)} parameters is not of this training; of {name!r}: found "
+                f"{momentum[name].shape}, expected {expected}; resume with the supernet and the shrinking.frozen that "
+                "it was made with"
+            )
 
 
 def _freeze(parameters: Mapping[str, nn.Parameter], frozen: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 from fedofa.types.errors import ConfigError, SpaceError
 from fedofa.types.space import SearchSpace
 
+T = TypeVar("T")
+
 TEACHERS = ("none", "trained", "in_place")
 LOSSES = ("soft_cross_entropy", "alpha_divergence")
 PREFERENCES = ("best", "worst")
+
+CHANNEL_AXES = ("expand", "width")
+"""Axes that say how many channels blocks have inside."""
 
 _FIRST_EPOCHS, _SHORT_EPOCHS, _LONG_EPOCHS = 180, 25, 120
 _STAGES = (
@@ -75,6 +80,8 @@ class ShrinkPhase:
         sandwich: whether the largest and the smallest train in every step.
         turns: whether only one of the step's subnets learns: the largest in the first step, then the drawn ones, the
             smallest, the largest again. The same compute then takes several times the steps, on other examples each.
+        order_channels: whether channels are ordered by importance before the phase's first step; narrower subnets of
+            earlier phases stay the networks they are.
         candidates: k; each drawn subnet is the best or worst of k that cost about the same. 1: it is drawn uniformly.
         prefer: "best" or "worst" of the candidates.
         macs_targets: MACs that drawn subnets should have, one picked at random for each. None given and k above 1: the
@@ -94,6 +101,7 @@ class ShrinkPhase:
     num_random: int = 1
     sandwich: bool = False
     turns: bool = False
+    order_channels: bool = False
     candidates: int = 1
     prefer: str = "best"
     macs_targets: tuple[float, ...] = ()
@@ -195,7 +203,9 @@ class ShrinkSchedule:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShrinkSchedule:
         """The inverse of `to_json`; a `ConfigError` names what is not known or malformed."""
-        return cls(tuple(_phase_from_json(item) for item in value["phases"]))
+        if not isinstance(value, Mapping) or not isinstance(value.get("phases"), Sequence):
+            raise ConfigError(f'shrinking: expected an object with a list of "phases", found {value!r}')
+        return cls(tuple(_phase_from_json(number, item) for number, item in enumerate(value["phases"], 1)))
 
     @classmethod
     def progressive(cls, space: SearchSpace, num_steps: int, loss: TeacherLoss | None = None) -> ShrinkSchedule:
@@ -203,34 +213,26 @@ class ShrinkSchedule:
 
         The stages have the published proportions: 180 epochs, 120, then 25 and 120 each; 1, 1, 2 and 4 subnets a step;
         from the second stage on a subnet learns from the labels and from the trained largest network alike. Axes that
-        the space lacks, or that have one value, drop out; the resolution is elastic throughout.
+        the space lacks, or that have one value, drop out; the resolution is elastic throughout. Channels are ordered by
+        importance before each phase that makes blocks narrower.
         """
         elastic = {axis.name: axis.values for axis in space.axes if axis.is_input}
-        stages = [("largest", dict(elastic), _FIRST_EPOCHS, 1)]
+        loss = loss or TeacherLoss()
+        phases = [ShrinkPhase("largest", _FIRST_EPOCHS, dict(elastic), loss=loss)]
         for name, axes, has_short, num_subnets in _STAGES:
             widened = {axis.name: axis.values for axis in space.axes if axis.name in axes and len(axis.values) > 1}
             if not widened:
                 continue
+            rule: dict[str, Any] = {"num_random": num_subnets, "teacher": "trained", "loss": loss}
+            rule["order_channels"] = not widened.keys().isdisjoint(CHANNEL_AXES)
             if has_short and any(len(values) > 2 for values in widened.values()):
-                first = {axis: values[-2:] for axis, values in widened.items()}
-                stages.append((f"{name}, first phase", {**elastic, **first}, _SHORT_EPOCHS, num_subnets))
+                values = elastic | {axis: values[-2:] for axis, values in widened.items()}
+                short = ShrinkPhase(f"{name}, first phase", _SHORT_EPOCHS, values, learning_rate=_SHORT_RATE, **rule)
+                phases.append(short)
             elastic |= widened
-            stages.append((name, dict(elastic), _LONG_EPOCHS, num_subnets))
-        lengths = _apportion([epochs for _, _, epochs, _ in stages], num_steps)
-        return cls(
-            tuple(
-                ShrinkPhase(
-                    name,
-                    steps,
-                    values,
-                    num_random=num_subnets,
-                    teacher="none" if index == 0 else "trained",
-                    loss=loss or TeacherLoss(),
-                    learning_rate=1.0 if index == 0 else _LONG_RATE if epochs == _LONG_EPOCHS else _SHORT_RATE,
-                )
-                for index, ((name, values, epochs, num_subnets), steps) in enumerate(zip(stages, lengths, strict=True))
-            )
-        )
+            phases.append(ShrinkPhase(name, _LONG_EPOCHS, dict(elastic), learning_rate=_LONG_RATE, **rule))
+        lengths = _apportion([phase.steps for phase in phases], num_steps)
+        return cls(tuple(replace(phase, steps=steps) for phase, steps in zip(phases, lengths, strict=True)))
 
     @classmethod
     def sandwich(
@@ -279,16 +281,51 @@ def _apportion(shares: Sequence[int], total: int) -> list[int]:
     return [1 + after - before for before, after in itertools.pairwise(ends)]
 
 
-def _phase_from_json(value: Mapping[str, Any]) -> ShrinkPhase:
-    known = [item.name for item in fields(ShrinkPhase)]
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise ConfigError(f"shrinking phase {value.get('name')!r}: unknown settings {unknown}; known: {known}")
+def _phase_from_json(number: int, value: Any) -> ShrinkPhase:
+    """One phase; `number` says in messages which."""
+    where = f"shrinking.phases, phase {number}"
+    known, needed = [item.name for item in fields(ShrinkPhase)], {"name", "steps", "elastic"}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected an object with {sorted(needed)}, found {value!r}")
+    unknown, missing = sorted(set(value) - set(known)), sorted(needed - set(value))
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown settings {unknown}, missing ones {missing}; known: {known}")
+    settings = dict(value)
+    settings["elastic"] = _read(where, "elastic", value, "an object of lists: axis -> values", _elastic)
+    settings["macs_targets"] = _read(where, "macs_targets", value, "a list of numbers", _numbers)
+    settings["loss"] = _read(where, "loss", value, "an object with fields of TeacherLoss", _teacher_loss)
+    for item in fields(ShrinkPhase):
+        if item.name in value and item.name not in ("elastic", "macs_targets", "loss"):
+            _check_kind(where, item.name, value[item.name], str(item.type))
+    return ShrinkPhase(**settings)
+
+
+def _read(where: str, name: str, value: Mapping[str, Any], wanted: str, read: Callable[[Any], T]) -> T:
+    found = value.get(name, {} if name != "macs_targets" else ())
     try:
-        settings = dict(value)
-        settings["elastic"] = {name: tuple(values) for name, values in value["elastic"].items()}
-        settings["macs_targets"] = tuple(value.get("macs_targets", ()))
-        settings["loss"] = TeacherLoss(**value.get("loss", {}))
-        return ShrinkPhase(**settings)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"shrinking phase {value.get('name')!r}: not understood: {error}") from error
+        return read(found)
+    except (TypeError, AttributeError, ValueError):
+        raise ConfigError(f"{where}, {name}: expected {wanted}, found {found!r}") from None
+
+
+def _elastic(found: Any) -> dict[str, tuple[float, ...]]:
+    return {str(name): _numbers(values) for name, values in found.items()}
+
+
+def _numbers(found: Any) -> tuple[float, ...]:
+    if isinstance(found, str) or not all(isinstance(item, int | float) for item in found):
+        raise TypeError
+    return tuple(found)
+
+
+def _teacher_loss(found: Any) -> TeacherLoss:
+    settings: dict[str, Any] = {name: value if name == "kind" else float(value) for name, value in found.items()}
+    return TeacherLoss(**settings)
+
+
+def _check_kind(where: str, name: str, found: Any, kind: str) -> None:
+    """Refuse a setting of another type than the phase's field has."""
+    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
+    if not isinstance(found, accepted) or (isinstance(found, bool) and kind != "bool"):
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}[kind]
+        raise ConfigError(f"{where}, {name}: expected {wanted}, found {found!r}")

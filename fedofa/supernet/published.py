@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,18 @@ _SPELLINGS = ((".conv.conv.weight", ".conv.weight"), (".bn.bn.", ".bn."), (".lin
 _BLOCK = re.compile(r"^(blocks\.\d+)\.conv\.")
 _COUNTER = "num_batches_tracked"
 _SHOWN = 20
+
+
+class MisfitError(CheckpointError):
+    """A file's entries are not those of the network that is to take them.
+
+    Attributes:
+        problems: every entry that does not fit, in words; the message shows the first ones.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 def published_names(supernet: ElasticSupernet) -> Iterator[tuple[str, str]]:
@@ -119,7 +131,7 @@ def load_published(
     num_classes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> ElasticSupernet:
-    """The supernet of a published checkpoint file.
+    """The supernet of a published checkpoint file, whose pixels were normalised by ImageNet's statistics.
 
     Args:
         path: a file that `torch.load(weights_only=True)` reads.
@@ -129,34 +141,20 @@ def load_published(
         generator: draws the fresh classifier's weights; without one they are zero.
 
     Raises:
-        CheckpointError: when the file cannot be read, listing its missing, unknown and misshapen entries, or when its
-            number of classes is not the published one and `num_classes` is not given.
+        MisfitError: listing the file's missing, unknown, misshapen and damaged entries.
+        CheckpointError: when the file cannot be read, or when its number of classes is not the published one and
+            `num_classes` is not given.
         ConfigError: for a name that is none of the published ones.
     """
     if name is not None and name not in PUBLISHED:
         raise ConfigError(f"load_published: expected a name of {', '.join(PUBLISHED)}, found {name!r}")
-    weights = _read(Path(path))
-    found = _classes(weights)
-    spec = PUBLISHED[name or _closest(weights, found)]
-    if num_classes is None and found not in (None, spec.num_classes):
-        raise CheckpointError(
-            f"{path}: the classifier has {found} classes, expected {spec.num_classes}; pass num_classes={found} to "
-            "take it as it is, or another number of classes to start with a fresh classifier"
-        )
-    supernet = _empty(replace(spec, num_classes=found or spec.num_classes))
-    try:
-        load_published_weights(supernet, weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}{_better_name(weights, name)}") from None
-    if num_classes in (None, supernet.spec.num_classes):  # type: ignore[attr-defined]
-        return supernet
-    return _with_fresh_classifier(supernet, replace(spec, num_classes=num_classes), generator)
+    return _load(path, _read(Path(path)), name, num_classes, generator)
 
 
 def start_from_published(
     supernet: Supernet, path: str | os.PathLike[str], generator: torch.Generator | None = None
 ) -> int | None:
-    """Take over the weights of a published checkpoint file, whose pixels were normalised by ImageNet's statistics.
+    """Take over the weights of a published checkpoint file, and the normalisation that they expect.
 
     Args:
         supernet: of a published space; its number of classes, dropout and resolutions are free.
@@ -167,21 +165,22 @@ def start_from_published(
         The file's number of classes where its classifier was left out, else None.
 
     Raises:
-        CheckpointError: when the supernet is of no published space, or the file is not of the supernet's; then nothing
-            was copied.
+        CheckpointError: when the supernet is of no published space, or the file is not of the supernet's (a
+            `MisfitError`); then nothing was copied.
     """
     name = _published_name(supernet)
     if name is None:
         raise CheckpointError(f"{path}: {_no_format(supernet)}. Choose the settings of the space that the file is of")
-    num_classes = len(supernet.shared()["classifier.bias"])
-    source = load_published(path, name, num_classes=num_classes, generator=generator).shared()
+    weights = _read(Path(path))
+    found, num_classes = _classes(weights), len(supernet.shared()["classifier.bias"])
+    source = _load(path, weights, name, num_classes, generator)
+    tensors = source.shared()
     with torch.no_grad():
         for key, tensor in supernet.shared().items():
             if not is_lite(key):
-                tensor.copy_(source[key])
+                tensor.copy_(tensors[key])
     supernet.set_ordering({})
-    supernet.normalisation = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    found = _classes(_read(Path(path)))
+    supernet.normalisation = source.normalisation
     return found if found != num_classes else None
 
 
@@ -215,17 +214,30 @@ def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]
     """Copy the tensors of a published file's `state_dict` into the supernet, whose channels are then in order.
 
     Raises:
-        CheckpointError: listing every key that is missing, unknown or of another shape; then nothing was copied.
+        MisfitError: listing every key that is missing, unknown, of another shape, or whose values are no weights; then
+            nothing was copied.
     """
     keys, problems = _match(supernet, weights)
-    count = sum(map(len, problems.values()))
-    if count:
+    problems["damaged"] = [f"{key} ({why})" for key in keys.values() if (why := value_problem(weights[key]))]
+    found = [f"{kind} {entry}" for kind, entries in problems.items() for entry in sorted(entries)]
+    if found:
         listed = "; ".join(_listed(kind, entries) for kind, entries in problems.items() if entries)
-        raise CheckpointError(f"the weights do not fit {supernet.space.family!r}: {count} problems: {listed}")
+        space = _published_name(supernet) or f"a supernet of family {supernet.space.family!r}"
+        raise MisfitError(f"the weights do not fit {space}: {len(found)} problems: {listed}", found)
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
             tensor.copy_(weights[keys[name]])
     supernet.set_ordering({})
+
+
+def value_problem(value: Any) -> str | None:
+    """Why a tensor's values cannot be weights, in words; None where they can."""
+    if not isinstance(value, Tensor):
+        return None
+    if not value.is_floating_point():
+        return f"expected floating-point values, found {value.dtype}"
+    bad = int((~value.float().isfinite()).sum())
+    return f"expected finite values, found {bad} of {value.numel()} that are not" if bad else None
 
 
 def _listed(kind: str, entries: list[str]) -> str:
@@ -285,9 +297,37 @@ def _closest(weights: Mapping[str, Any], num_classes: int | None) -> str:
     return max(structures, key=fit)
 
 
+def _load(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Any],
+    name: str | None,
+    num_classes: int | None,
+    generator: torch.Generator | None,
+) -> ElasticSupernet:
+    """The supernet of a file's `state_dict` (see `load_published`)."""
+    found = _classes(weights)
+    space = name or _closest(weights, found)
+    spec = PUBLISHED[space]
+    if num_classes is None and found not in (None, spec.num_classes):
+        raise CheckpointError(
+            f"{path}: the classifier has {found} classes, expected {spec.num_classes}; pass num_classes={found} to "
+            "take it as it is, or another number of classes to start with a fresh classifier"
+        )
+    supernet = _empty(replace(spec, num_classes=found or spec.num_classes))
+    try:
+        load_published_weights(supernet, weights)
+    except MisfitError as error:
+        hint = _other_name(weights, name) if name else _assumed(space)
+        raise MisfitError(f"{path}: {hint}{error}", error.problems) from None
+    if num_classes in (None, supernet.spec.num_classes):  # type: ignore[attr-defined]
+        return supernet
+    return _with_fresh_classifier(supernet, replace(spec, num_classes=num_classes), generator)
+
+
 def _empty(spec: ElasticSpec) -> ElasticSupernet:
     supernet = build_elastic(spec)
     supernet.network.to_empty(device="cpu")
+    supernet.normalisation = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
     return supernet.eval()
 
 
@@ -306,13 +346,19 @@ def _with_fresh_classifier(
     return supernet
 
 
-def _better_name(weights: Mapping[str, Any], name: str | None) -> str:
+def _other_name(weights: Mapping[str, Any], name: str) -> str:
     """A hint where the weights are those of another published name."""
     closest = _closest(weights, _classes(weights))
     structure = build_elastic(replace(PUBLISHED[closest], num_classes=_classes(weights) or 1))
-    if name in (None, closest) or any(_match(structure, weights)[1].values()):
+    if closest == name or any(_match(structure, weights)[1].values()):
         return ""
-    return f". The file is of {closest}, not of {name}: use that space"
+    return f"the file is of {closest}, not of {name}: use that space; "
+
+
+def _assumed(space: str) -> str:
+    """What the file was taken for where nobody said what it is, and how to say it."""
+    others = ", ".join(name for name in PUBLISHED if name != space)
+    return f"the file was taken to be {space}, which it fits best; if it is another, pass name= one of {others}; "
 
 
 def _published_name(supernet: Supernet) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from fedofa.supernet.network import ParameterSpec
 from fedofa.supernet.sums import Index, TensorSums, check_term
@@ -35,6 +36,13 @@ def centre(kernel: T, size: int) -> T:
     """The middle `(..., size, size)` of `(..., k, k)`."""
     start = (kernel.shape[-1] - size) // 2
     return kernel[..., start : start + size, start : start + size]
+
+
+def gathered(tensor: Any, dim: int, positions: np.ndarray) -> Any:
+    """The tensor's entries at these positions along a dimension, a copy; numpy and torch alike, differentiable."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.take(positions, axis=dim)
+    return tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +101,23 @@ class TensorSlice:
     index: Index
     kernel: KernelTransform | None
     role: str
-    _steps: tuple[Index, ...] = field(init=False, repr=False, compare=False)
+    _plain: tuple[slice, ...] | None = field(init=False, repr=False, compare=False)
+    _gathers: tuple[tuple[int, np.ndarray], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Keep the index as extraction takes it: the slices at once, then each array of positions by itself."""
-        whole = slice(None)
-        plain = tuple(item if isinstance(item, slice) else whole for item in self.index)
-        gathers = [(whole,) * dim + (item,) for dim, item in enumerate(self.index) if isinstance(item, np.ndarray)]
-        steps = [plain, *gathers] if any(item != whole for item in plain) else gathers
-        object.__setattr__(self, "_steps", tuple(steps))
+        """Keep the index as extraction takes it: the slices at once, then the positions along each dimension."""
+        plain = tuple(item if isinstance(item, slice) else slice(None) for item in self.index)
+        gathers = tuple((dim, item) for dim, item in enumerate(self.index) if isinstance(item, np.ndarray))
+        object.__setattr__(self, "_plain", plain if any(item != slice(None) for item in plain) else None)
+        object.__setattr__(self, "_gathers", gathers)
 
     def extract(self, shared: Mapping[str, T]) -> T:
         """The subnet's tensor; a view of the shared one, or that itself, where the index and the transform allow it."""
         tensor = shared[self.name]
-        for step in self._steps:
-            tensor = tensor[step]
+        if self._plain is not None:
+            tensor = tensor[self._plain]
+        for dim, positions in self._gathers:
+            tensor = gathered(tensor, dim, positions)
         return tensor if self.kernel is None else self.kernel.apply(tensor, shared)
 
     @property

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conf.compose import compose_shrink_conf
 from server.cli import main
+from server.shrink import build_run, with_largest_statistics
 
 SMALL = [
     "shrinking.steps=12",
@@ -62,6 +65,7 @@ def test_a_killed_run_goes_on_and_leaves_what_a_whole_one_leaves(shrink, command
     tensors = load_file(tmp_path / "whole/supernet.safetensors")
     assert tensors["stem.norm.running_var"].min() > 0
     assert (tensors["stem.norm.running_mean"] != 0).any(), "the largest subnet's statistics"
+    assert any(name.startswith("ordering/") for name in tensors), "the expand phases order channels"
 
     process = subprocess.Popen(command(tmp_path / "killed", *settings), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
@@ -76,6 +80,19 @@ def test_a_killed_run_goes_on_and_leaves_what_a_whole_one_leaves(shrink, command
     lines = [(tmp_path / name / "steps.jsonl").read_text() for name in ("whole", "killed")]
     assert lines[0] == lines[1]
     assert [json.loads(line)["step"] for line in lines[0].splitlines()] == list(range(1, 41))
+
+
+def test_the_largest_subnets_statistics_lie_where_a_cut_finds_them(cache_dir, tmp_path):
+    settings = [*SMALL, "supernet.norm=batch", f"data.cache_dir={cache_dir}", f"output_dir={tmp_path}"]
+    run = build_run(compose_shrink_conf(settings), tmp_path)
+    rng, supernet = np.random.default_rng(0), run.supernet
+    supernet.set_ordering({group: rng.permutation(size) for group, size in supernet.channel_groups().items()})
+    state, largest = supernet.state(), supernet.space.largest()
+    calibrated = run.scorer.calibrated_tensors(state, largest)
+    kept = supernet.cut(largest, with_largest_statistics(run).tensors)
+    assert kept.keys() == calibrated.keys()
+    for name, tensor in kept.items():
+        assert np.array_equal(tensor.numpy(), calibrated[name]), name
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Law 6: subnets cut from published-format weights are the peer package's; the ordering does not change the largest."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from cohorts import SPECS, build_supernet, seeds
 from hypothesis import given, settings
+from peers import activate, build_peer, images
 
 from fedofa.evaluation.calibration import calibrate
 from fedofa.supernet.importance import channel_ordering, measured_ordering
@@ -15,53 +17,6 @@ from fedofa.types.errors import CheckpointError
 from fedofa.types.space import SubnetConfig
 
 every_published = pytest.mark.parametrize("name", PUBLISHED)
-
-
-def build_peer(networks, name):
-    """The package's network of that published name, with other weights than its own everywhere."""
-    elastic = {"ks_list": [3, 5, 7], "expand_ratio_list": [3, 4, 6], "depth_list": [2, 3, 4], "dropout_rate": 0.0}
-    if name == "ofa_supernet_resnet50":
-        peer = networks.OFAResNets(
-            depth_list=[0, 1, 2], expand_ratio_list=[0.2, 0.25, 0.35], width_mult_list=[0.65, 0.8, 1.0]
-        )
-    elif "proxyless" in name:
-        peer = networks.OFAProxylessNASNets(width_mult=1.3, **elastic)
-    else:
-        peer = networks.OFAMobileNetV3(width_mult=float(name[-3:]), **elastic)
-    return randomised(peer)
-
-
-def randomised(network, seed=0):
-    """Random weights of sane scale, transform matrices, norms and squeeze-excite biases included."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("_matrix"):
-                tensor.add_(0.1 * noise)
-            elif name.endswith("running_var"):
-                tensor.copy_(1.0 + 0.5 * noise.abs())
-            elif ".se." in name and tensor.dim() == 4:
-                tensor.copy_(noise * (0.1 / tensor[0].numel()) ** 0.5)  # gates that are neither shut nor open
-            elif tensor.dim() == 4:
-                tensor.copy_(noise * (2.0 / tensor[0].numel()) ** 0.5)
-            elif tensor.dim() == 2:
-                tensor.copy_(noise * (1.0 / tensor.shape[1]) ** 0.5)
-            elif "bn" in name and name.endswith("weight"):
-                tensor.copy_(1.0 + 0.2 * noise)
-            else:
-                tensor.copy_(0.1 * noise)
-    return network.eval()
-
-
-def activate(peer, subnet):
-    peer.set_active_subnet(**{key: row for key, row in subnet.to_ofa().items() if key != "r"})
-
-
-def images(side, batch=2):
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(side))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +76,7 @@ def test_subnets_cut_from_published_weights_equal_the_peers(name, peers, publish
 @every_published
 def test_a_configuration_that_the_peer_draws_is_ours(name, peers, published):
     peer, supernet = peers(name), published(name)
+    random.seed(0)  # which the peer draws from
     subnet = SubnetConfig.from_ofa(peer.sample_active_subnet(), supernet.space.family)
     x = images(64)
     with torch.no_grad():

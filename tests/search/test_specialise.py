@@ -117,7 +117,7 @@ def test_the_same_seed_finds_the_same(models, everything):
 def test_an_impossible_limit_names_itself_and_the_nearest(everything, models, name):
     costs = models[name].predict(everything)
     limits = Limits((Limit(models[name], float(costs.min()) / 1.25), Limit(models["macs"], 1e12)))
-    with pytest.raises(InfeasibilityError, match=f"{name} is exceeded by 25.0%.*it needs") as caught:
+    with pytest.raises(InfeasibilityError, match=f"{name} is exceeded by 25.0%.*it needs.*. Raise what") as caught:
         DeviceSearch(INDEX, ZeroCostProxy(INDEX), list(models.values())).best(limits)
     assert "macs" not in str(caught.value)
     nearest = models[name].predict(INDEX.batch([caught.value.nearest]))[0]

@@ -141,13 +141,13 @@ def test_progressive_phases_take_who_can_hold_them_and_the_frozen_largest_teache
     first = cohort_of(made)
     assert {SPACE.values(item.fit.subnet, "depth") for item in first.members} == {(2, 2)}
     assert not first.untaught
-    assert made.with_teacher(1, STATE) is STATE
+    assert made.entered(1, STATE) is STATE
     start = schedule.phases[0].steps + 1
-    kept = made.with_teacher(start, STATE)
+    kept = made.entered(start, STATE)
     assert set(kept.moments[TEACHER]) == set(STATE.tensors)
     assert kept.digest() == STATE.digest()
     later = STATE.__class__(9, {name: 2 * value for name, value in STATE.tensors.items()}, {}, kept.moments)
-    assert made.with_teacher(12, later) is later, "the teacher stays the one of the first such phase"
+    assert made.entered(12, later) is later, "the teacher stays the one of the first such phase"
     teacher = made.teacher_state(12, later)
     assert all(np.array_equal(teacher.tensors[name], STATE.tensors[name]) for name in STATE.tensors)
     assert teacher.version == 9
@@ -155,6 +155,30 @@ def test_progressive_phases_take_who_can_hold_them_and_the_frozen_largest_teache
     taught = {item.client.client_id for item in last.members if item.teacher == LARGEST}
     assert taught == {"client-0004", "client-0005"}
     assert set(last.untaught) == {f"client-{number:04d}" for number in range(4)}, "no smaller one was trained"
+
+
+def test_channels_are_ordered_in_the_first_round_of_a_phase_that_says_so_and_a_repeat_finds_the_same():
+    schedule = ShrinkSchedule.progressive(SPACE, 12)
+    starts = [sum(phase.steps for phase in schedule.phases[:index]) for index in range(len(schedule.phases))]
+    first = next(start for start, phase in zip(starts, schedule.phases, strict=True) if phase.order_channels)
+    made = shrinking("bb", schedule)
+    given = dict(made.supernet.ordering)
+    try:
+        made.supernet.set_ordering({})
+        assert not made.entered(first, STATE).ordering
+        state = made.entered(first + 1, STATE)
+        assert state.ordering
+        assert state.ordering.keys() == made.supernet.ordering.keys()
+        table = made.supernet.parameter_table(LARGEST)
+        read = next(item for item in table if item.name.endswith("project.conv.weight") and item.groups[1])
+        weight = STATE.tensors[read.name]
+        importance = np.abs(weight).sum(axis=(0, 2, 3)).reshape(-1, 8).sum(axis=1)  # group norm: whole groups move
+        runs = state.ordering[str(read.groups[1])].reshape(-1, 8)[:, 0] // 8
+        assert (np.diff(importance[runs]) <= 0).all()
+        again = made.entered(first + 1, state)
+        assert again.digest() == state.digest()
+    finally:
+        made.supernet.set_ordering(given)
 
 
 def test_the_schedule_gives_the_rates_and_the_names_of_the_rounds():

@@ -20,6 +20,13 @@ def written(folder, supernet):
     return folder
 
 
+def rewrite(folder, change):
+    path = folder / "supernet.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 def test_weights_and_ordering_come_back(tmp_path):
     for norm in ("group", "batch"):
         source, target = build_supernet(1, norm=norm), build_supernet(2, norm=norm, shuffled=False)
@@ -28,6 +35,38 @@ def test_weights_and_ordering_come_back(tmp_path):
         start_from(target, tmp_path / "supernet.safetensors", DRAWS)
     assert not list(tmp_path.glob("*writing*"))
     assert json.loads((tmp_path / "supernet.json").read_text())["normalisation"] == {"mean": [0.5], "std": [0.25]}
+
+
+def test_the_normalisation_that_weights_were_trained_with_comes_back(published, tmp_path):
+    """From a published file by way of a run's folder, as in `shrink` and then `simulate`."""
+    shrunk, supernet = mobilenet(12), mobilenet(12)
+    start_from(shrunk, published[0], DRAWS)
+    write_supernet(tmp_path, shrunk.state(), shrunk.description(), shrunk.normalisation)
+    start_from(supernet, tmp_path, DRAWS)
+    assert supernet.normalisation == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_folder_without_a_normalisation_leaves_the_datas_own(tmp_path, absent):
+    source, supernet = build_supernet(1), build_supernet(2)
+    written(tmp_path, source)
+    rewrite(tmp_path, lambda content: content.pop("normalisation") if absent else content.update(normalisation={}))
+    start_from(supernet, tmp_path, DRAWS)
+    assert supernet.normalisation is None
+    assert supernet.state().digest() == source.state().digest()
+
+
+@pytest.mark.parametrize(
+    "found", [[0.5], {"mean": [0.5]}, {"mean": [0.5], "std": [0.0]}, {"mean": [0.5, 0.5], "std": [1]}, {"mean": 1}]
+)
+def test_a_normalisation_that_is_none_is_refused_and_nothing_is_taken(tmp_path, found):
+    supernet = build_supernet(2)
+    before = supernet.state().digest()
+    written(tmp_path, build_supernet(1))
+    rewrite(tmp_path, lambda content: content.update(normalisation=found))
+    with pytest.raises(CheckpointError, match=r"supernet\.json: normalisation: expected \"mean\" and \"std\".*found"):
+        start_from(supernet, tmp_path, DRAWS)
+    assert supernet.state().digest() == before and supernet.normalisation is None
 
 
 def test_a_supernet_of_another_space_is_refused_by_setting(tmp_path):
@@ -57,6 +96,26 @@ def test_damaged_files_are_refused(tmp_path, damage):
         write_supernet(tmp_path, type(state)(0, few), content["supernet"], content["normalisation"])
     with pytest.raises(CheckpointError, match="supernet_weights"):
         start_from(build_supernet(), tmp_path, DRAWS)
+
+
+def test_tensors_that_are_not_the_supernets_are_listed_with_both_shapes():
+    supernet = build_supernet()
+    state = supernet.state()
+    tensors = {f"other.{n}": np.zeros((n, 2), np.float32) for n in range(4)} | state.tensors
+    tensors["classifier.bias"] = np.zeros(3, np.float32)
+    del tensors["classifier.weight"]
+    bias, weight = (state.tensors[f"classifier.{name}"].shape for name in ("bias", "weight"))
+    with pytest.raises(CheckpointError) as caught:
+        supernet.load_state(type(state)(0, tensors))
+    none = "no such tensor"
+    assert (
+        "(mobilenet_v3): 6 tensors are missing, unknown or of another shape: "
+        f"classifier.bias: expected shape {bias}, found shape (3,); "
+        f"classifier.weight: expected shape {weight}, found {none}; other.0: expected {none}, found shape (0, 2); "
+        f"other.1: expected {none}, found shape (1, 2); other.2: expected {none}, found shape (2, 2); and 1 more. "
+        "Use the supernet settings it was saved with"
+    ) in str(caught.value)
+    assert supernet.state().digest() == state.digest()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +158,7 @@ def test_a_published_file_of_other_classes_starts_with_a_fresh_classifier_and_sa
     [
         (
             lambda: mobilenet(12, 1.2),
-            r"supernet_weights: .*The file is of ofa_mbv3_d234_e346_k357_w1\.0, not of .*w1\.2",
+            r"supernet_weights: .*: the file is of ofa_mbv3_d234_e346_k357_w1\.0, not of .*w1\.2",
         ),
         (lambda: mobilenet(12, in_channels=1), r"supernet_weights: .*has no published format.*3 channels"),
         (build_supernet, r"supernet_weights: .*has no published format"),

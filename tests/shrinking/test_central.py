@@ -122,8 +122,39 @@ def test_channels_are_ordered_by_the_first_batches_before_the_first_step_and_nev
     assert run(resumed) == run(shrinking) == run(build(SCHEDULES["sandwich"], recipe))
     assert {group: order.tolist() for group, order in resumed.supernet.ordering.items()} == ordering
     fixed = FixedSupernet(nn.Linear(4, 2), (4,))
-    with pytest.raises(ConfigError, match=r"shrinking.order_batches: .*no channels to order; expected 0"):
+    with pytest.raises(ConfigError, match=r"shrinking.order_batches: .*no channels to order; leave it out"):
         CentralShrinking(fixed, one_phase(), replace(TRAINING, order_batches=1), IMAGES, LABELS, [0], [1], seed=0)
+
+
+@pytest.mark.parametrize("order_batches", [0, 2])
+def test_channels_are_ordered_anew_where_a_phase_says_so_and_earlier_subnets_stay(order_batches):
+    wide, narrow = SPACE.axis("expand").values[-2:], SPACE.axis("expand").values
+    phases = [
+        ShrinkPhase("wide", 2, {"expand": wide}),
+        ShrinkPhase("narrow", 3, {"expand": narrow}, order_channels=True),
+    ]
+    shrinking = build(ShrinkSchedule(tuple(phases)), replace(TRAINING, order_batches=order_batches))
+    orders = []
+    for _ in range(5):
+        before = {expand: shrinking.supernet.cut(SPACE.subnet(expand=expand)) for expand in narrow}
+        shared = {name: tensor.clone() for name, tensor in shrinking.supernet.shared().items()}
+        shrinking.advance()
+        orders.append({group: order.tolist() for group, order in shrinking.supernet.ordering.items()})
+        cut = {expand: shrinking.supernet.cut(SPACE.subnet(expand=expand), shared) for expand in narrow}
+        if shrinking.done == 3:
+            for name in (name for name in before[wide[0]] if name.endswith("project.conv.weight")):
+                assert same_columns(before[wide[0]][name], cut[wide[0]][name])
+            assert not all(same_columns(before[narrow[0]][name], cut[narrow[0]][name]) for name in before[narrow[0]])
+    assert orders[0] == orders[1]
+    assert orders[1] != orders[2]
+    assert orders[2] == orders[3] == orders[4]
+
+
+def same_columns(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two weights that read channels have the same ones, in whatever order."""
+    return a.dim() < 2 or torch.equal(
+        a.flatten(2).sum(dim=2).sort(dim=1).values, b.flatten(2).sum(dim=2).sort(dim=1).values
+    )
 
 
 def test_kernel_matrices_train_and_unused_weights_stay():
@@ -217,8 +248,23 @@ def test_what_does_not_belong_together_is_refused():
     state = build(one_phase()).state()
     with pytest.raises(CheckpointError, match="beyond the schedule's 5"):
         build(one_phase()).restore(replace(state, version=6))
-    with pytest.raises(CheckpointError, match="momentum for 'x'"):
-        build(one_phase()).restore(replace(state, moments={"momentum": {"x": np.zeros(3)}}))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "name", "message"),
+    [
+        ((), "x", r"of 'x': found \(3,\), expected none, since there is no such one; resume with"),
+        ((), "stem.norm.weight", r"of 'stem.norm.weight': found \(3,\), expected \(8,\); resume with"),
+        (("stem",), "stem.norm.weight", r"of 'stem.norm.weight': found \(3,\), expected none, since it is frozen here"),
+    ],
+)
+def test_momentum_of_another_training_is_refused_and_nothing_is_changed(frozen, name, message):
+    shrinking = build(one_phase(), replace(TRAINING, frozen=frozen))
+    before, state = shrinking.state().digest(), build(one_phase(), seed=9).state()
+    doubled = {key: 2 * value for key, value in state.tensors.items()}
+    with pytest.raises(CheckpointError, match=message):
+        shrinking.restore(replace(state, tensors=doubled, moments={"momentum": {name: np.zeros(3)}}))
+    assert shrinking.state().digest() == before
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])

@@ -23,6 +23,7 @@ def test_the_published_stages():
     schedule = ShrinkSchedule.progressive(PUBLISHED, 590)
     assert [item.num_random for item in schedule.phases] == [1, 1, 2, 2, 4, 4]
     assert [item.teacher for item in schedule.phases] == ["none"] + ["trained"] * 5
+    assert [item.order_channels for item in schedule.phases] == [False] * 4 + [True] * 2
     for got, epochs in zip(schedule.phases, [180, 120, 25, 120, 25, 120], strict=True):
         assert abs(got.steps - epochs) <= 2
     allowed = [dict(item.elastic) for item in schedule.phases]
@@ -154,14 +155,38 @@ def test_unknown_losses_and_settings_are_refused():
         TeacherLoss("alpha_divergence", alpha_low=2.0)
     with pytest.raises(ConfigError, match="max_ratio: expected a finite number above 1"):
         TeacherLoss("alpha_divergence", max_ratio=1.0)
-    listed = ShrinkSchedule((phase(),)).to_json()["phases"][0]
-    with pytest.raises(ConfigError, match=r"phase 'a': unknown settings \['stepz'\]"):
-        ShrinkSchedule.from_json({"phases": [{**listed, "stepz": 3}]})
-    with pytest.raises(ConfigError, match="phase 'a': not understood"):
-        ShrinkSchedule.from_json({"phases": [{"name": "a", "steps": 3}]})
     with pytest.raises(ConfigError, match="at least one phase"):
         ShrinkSchedule(())
     with pytest.raises(ConfigError, match=r"shrinking\.steps: expected at least 5, one a phase, found 4"):
         ShrinkSchedule.progressive(SPACE, 4)
     with pytest.raises(ConfigError, match="step 10 is beyond"):
         ShrinkSchedule((phase(),)).phase_at(10)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, 'shrinking: expected an object with a list of "phases", found {}'),
+        ({"phases": 3}, "a list of \"phases\", found {'phases': 3}"),
+        ({"phases": [3]}, "shrinking.phases, phase 1: expected an object with ['elastic', 'name', 'steps'], found 3"),
+        ([{"stepz": 3}], "phase 2: unknown settings ['stepz'], missing ones []; known: ['name', 'steps', 'elastic', "),
+        ({"phases": [{"name": "a", "steps": 3}]}, "phase 1: unknown settings [], missing ones ['elastic']; known: ["),
+        ([{"steps": 2.5}], "phase 2, steps: expected a whole number, found 2.5"),
+        ([{"num_random": True}], "phase 2, num_random: expected a whole number, found True"),
+        ([{"learning_rate": "fast"}], "phase 2, learning_rate: expected a number, found 'fast'"),
+        ([{"turns": 1}], "phase 2, turns: expected true or false, found 1"),
+        ([{"teacher": None}], "phase 2, teacher: expected a word, found None"),
+        ([{"elastic": {"depth": 3}}], "phase 2, elastic: expected an object of lists: axis -> values, found {'depth'"),
+        ([{"macs_targets": "1e6"}], "phase 2, macs_targets: expected a list of numbers, found '1e6'"),
+        (
+            [{"loss": {"warmth": 3}}],
+            "phase 2, loss: expected an object with fields of TeacherLoss, found {'warmth': 3}",
+        ),
+    ],
+)
+def test_a_list_of_phases_that_is_not_understood_says_which_and_why(given, message):
+    whole = ShrinkSchedule((phase(),)).to_json()["phases"][0]
+    listed = {"phases": [whole, *({**whole, **changes} for changes in given)]} if isinstance(given, list) else given
+    with pytest.raises(ConfigError) as caught:
+        ShrinkSchedule.from_json(listed)
+    assert message in str(caught.value)

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
 from fedofa.supernet.layouts import LAYOUTS
-from fedofa.supernet.pretrained import READY_MADE, load_pretrained, load_weights, start_from
+from fedofa.supernet.pretrained import READY_MADE, TIMM, load_pretrained, load_weights, start_from
+from fedofa.supernet.published import MisfitError
 from fedofa.types.errors import CheckpointError, ConfigError
 
 LITE0, V2 = READY_MADE["efficientnet_lite0"], READY_MADE["mobilenet_v2"]
@@ -292,6 +293,38 @@ def test_features_without_a_classifier_need_a_number_of_classes(tmp_path):
     with pytest.raises(CheckpointError, match=r"2 problems: missing classifier\.1\.bias; missing classifier\.1\.weig"):
         load_pretrained(tmp_path / "features.pt", TINY)
     assert load_pretrained(tmp_path / "features.pt", TINY, num_classes=6).space.count() > 1
+    notes: list[str] = []
+    start_from(TINY, str(tmp_path / "features.pt"), torch.Generator(), notes.append)
+    assert notes == [
+        f"supernet.pretrained: {tmp_path / 'features.pt'} has no classifier: this run starts with a fresh one"
+    ]
+
+
+def test_a_run_of_other_classes_is_told_of_its_fresh_classifier(tmp_path):
+    path, notes = tmp_path / "six.pth", []
+    torch.save(file_of(random_supernet(), "fedofa"), path)
+    start_from(TINY, str(path), torch.Generator(), notes.append)
+    assert notes == []
+    start_from(replace(TINY, num_classes=4), str(path), torch.Generator(), notes.append)
+    assert notes == [f"supernet.pretrained: the classifier of {path} has 6 classes: this run starts with a fresh one"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": torch.zeros(7)}, r"1 problems: _fc\.bias: expected shape \(6,\), found \(7,\)"),
+        ({"weight": torch.zeros(6, 31)}, r"1 problems: _fc\.weight: expected shape \(6, 32\), found \(6, 31\)"),
+        ({"bias": None}, r"1 problems: missing _fc\.bias"),
+    ],
+    ids=["bias", "features", "no bias"],
+)
+def test_a_classifier_that_is_left_out_must_be_one(tmp_path, change, message):
+    weights = file_of(random_supernet(), "efficientnet_pytorch")
+    weights |= {f"_fc.{name}": value for name, value in change.items()}
+    torch.save({key: value for key, value in weights.items() if value is not None}, tmp_path / "net.pth")
+    for num_classes in (6, 4):
+        with pytest.raises(MisfitError, match=message):
+            load_pretrained(tmp_path / "net.pth", TINY, num_classes=num_classes)
 
 
 # -- files and names that are none -----------------------------------------------------------------------------------
@@ -312,6 +345,42 @@ def test_missing_unknown_and_misshapen_entries_are_listed_and_nothing_is_copied(
         load_weights(supernet, weights)
     assert supernet.state().digest() == before
     assert not supernet.ordering
+
+
+def test_only_known_norms_have_counters():
+    weights = file_of(random_supernet(), "efficientnet_pytorch")
+    supernet = ChainSupernet(TINY, torch.Generator().manual_seed(5))
+    known = {key.replace("running_var", "num_batches_tracked") for key in weights if key.endswith("running_var")}
+    load_weights(supernet, weights | dict.fromkeys(known, torch.tensor(3)))
+    assert supernet.state().tensors["stem.norm.bias"].tolist() == weights["_bn0.bias"].tolist()
+    counters = ("_blocks.9._bn0.num_batches_tracked", "_fc.num_batches_tracked")
+    with pytest.raises(MisfitError) as refused:
+        load_weights(supernet, weights | dict.fromkeys(counters, torch.tensor(3)))
+    assert refused.value.problems == tuple(f"unknown {key}" for key in counters)
+
+
+def test_values_that_are_no_weights_are_refused():
+    weights = file_of(random_supernet(), "fedofa")
+    weights["stem.conv.weight"] = weights["stem.conv.weight"].int()
+    weights["classifier.bias"][2] = float("inf")
+    supernet = ChainSupernet(TINY, torch.Generator().manual_seed(5))
+    before = supernet.state().digest()
+    with pytest.raises(MisfitError) as refused:
+        load_weights(supernet, weights)
+    assert refused.value.problems == (
+        "classifier.bias: expected finite values, found 1 of 6 that are not",
+        "stem.conv.weight: expected floating-point values, found torch.int32",
+    )
+    assert supernet.state().digest() == before
+
+
+def test_what_a_message_is_too_short_for_is_in_the_error(tmp_path):
+    weights = dict.fromkeys((f"layer{n}" for n in range(10, 60)), torch.zeros(1))
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(MisfitError, match=r"other\.pth: .*; and \d+ more") as refused:
+        load_pretrained(tmp_path / "other.pth", TINY)
+    assert f"{len(refused.value.problems)} problems: " in str(refused.value)
+    assert {f"unknown {key}" for key in weights} < set(refused.value.problems)
 
 
 def test_files_that_are_none_are_refused(tmp_path):
@@ -339,8 +408,31 @@ def test_names_that_are_none_are_refused(tmp_path):
         load_pretrained(tmp_path / "net.pth", "mobilenet")
     with pytest.raises(ConfigError, match="no package carries the weights of 'mobilenet_v2'; give a file"):
         load_pretrained("mobilenet_v2")
-    with pytest.raises(ConfigError, match="supernet.pretrained: no package carries weights of this network"):
+    message = r"supernet\.pretrained: no package carries weights of this network.*true serves efficientnet_lite0 \("
+    with pytest.raises(ConfigError, match=message + "number of blocks: 16 there, 5 here; .* more"):
         start_from(TINY, True, torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"padding": "symmetric"}, "padding: 'tensorflow' there, 'symmetric' here"),
+        ({"norm_eps": 1e-5}, "norm_eps: 0.001 there, 1e-05 here"),
+        ({"activation": "relu"}, "activation: 'relu6' there, 'relu' here"),
+        ({"mean": (), "std": ()}, r"mean: \[0.498.*\] there, \[\] here; std: .* there, \[\] here"),
+        ({"stem_stride": 1}, "stem_stride: 2 there, 1 here"),
+        ({"blocks": (*LITE0.blocks[:-1], BlockSize(320, 5, 6))}, r"blocks\[15\]\.kernel: 3 there, 5 here"),
+    ],
+)
+def test_a_packages_weights_serve_its_own_network_only(change, message):
+    with pytest.raises(ConfigError, match=rf"true serves efficientnet_lite0 \({message}\)"):
+        start_from(replace(LITE0, **change), True, torch.Generator())
+
+
+def test_a_network_that_only_names_its_free_settings_takes_its_packages_weights(lite0):
+    supernet = start_from(replace(LITE0, resolutions=(96,), min_depth=2, num_classes=10), True, torch.Generator())
+    assert supernet.normalisation == lite0.normalisation
+    assert torch.equal(supernet.shared()["stem.conv.weight"], lite0.shared()["stem.conv.weight"])
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
@@ -402,6 +494,59 @@ def v2_in_timm():
     supernet = ChainSupernet(V2, generator).eval()
     load_weights(supernet, weights)
     return weights, file_of(supernet, "timm_efficientnet")
+
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.fixture(scope="module")
+def timms_lite0():
+    """A supernet of timm's own Lite0, which pads and normalises in another way than the ready-made one."""
+    return random_supernet(replace(TIMM["efficientnet_lite0"], resolutions=(97,)))
+
+
+@pytest.fixture
+def timm_with_lite0(monkeypatch, timms_lite0):
+    stub = types.ModuleType("timm")
+    model = TimmModel(file_of(timms_lite0, "timm_efficientnet"), IMAGENET)
+    monkeypatch.setattr(stub, "create_model", lambda name, pretrained: model, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", stub)
+
+
+def test_a_source_that_says_its_network_says_how_it_is_run(timm_with_lite0, timms_lite0):
+    """The spec is the ready-made one, as in `fedofa simulate supernet=efficientnet_lite0`."""
+    notes: list[str] = []
+    described = replace(LITE0, resolutions=(97,), dropout=0.0)
+    supernet = start_from(described, "timm:efficientnet_lite0", torch.Generator(), notes.append)
+    assert supernet.spec == replace(timms_lite0.spec, dropout=0.0)
+    assert supernet.normalisation == {name: list(values) for name, values in IMAGENET.items()}
+    x = images(97)
+    torch.testing.assert_close(logits(supernet, x), logits(timms_lite0, x))
+    as_described = ChainSupernet(described, torch.Generator()).eval()
+    as_described.load_state(supernet.state())
+    assert (logits(as_described, x) - logits(supernet, x)).abs().max() > 1e-3
+    assert notes == [
+        "supernet.pretrained: taken over from timm:efficientnet_lite0: padding: 'symmetric' there, 'tensorflow' here; "
+        f"norm_eps: 1e-05 there, 0.001 here; mean: {list(IMAGENET['mean'])} there, {list(LITE0.mean)} here; std: "
+        f"{list(IMAGENET['std'])} there, {list(LITE0.std)} here"
+    ]
+    named = load_pretrained("timm:efficientnet_lite0", "efficientnet_lite0")
+    assert named.spec == TIMM["efficientnet_lite0"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (V2, r"number of blocks: 16 there, 17 here; .*; and \d+ more\. Describe it as it is there"),
+        (replace(LITE0, stem_stride=1), "stem_stride: 2 there, 1 here. Describe"),
+        (replace(LITE0, in_channels=1, mean=(), std=()), "in_channels: 3 there, 1 here. Describe"),
+        (replace(LITE0, norm="group"), "norm: 'batch' there, 'group' here. Describe"),
+    ],
+    ids=["blocks", "stem", "channels", "norm"],
+)
+def test_a_source_of_another_network_is_refused_by_what_differs(timm_with_lite0, spec, message):
+    with pytest.raises(ConfigError, match=rf"timm:efficientnet_lite0: expected the network described.*: {message}"):
+        start_from(spec, "timm:efficientnet_lite0", torch.Generator())
 
 
 def test_a_model_of_timms(monkeypatch, v2_in_timm):

@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedofa.supernet import PUBLISHED, MobileNetV3Supernet, ProxylessSupernet, load_published, save_published
+from fedofa.supernet.families import build_elastic
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.published import published_names, spellings
+from fedofa.supernet.published import MisfitError, published_names, spellings
 from fedofa.types.errors import CheckpointError, ConfigError
 
 NAME = "ofa_mbv3_d234_e346_k357_w1.0"
@@ -43,19 +46,34 @@ def test_what_was_written_is_read(supernet, written):
     assert load_published(written, NAME).state().digest() == supernet.state().digest()
 
 
-def test_older_key_names_are_read(supernet, written, tmp_path):
-    old = {}
-    for key, tensor in weights_of(written).items():
-        renamed = key.replace(".conv.", ".mobile_inverted_conv.", 1) if key.startswith("blocks.") else key
-        renamed = renamed.replace("bn.bn.", "bn.").replace(".conv.conv.weight", ".conv.weight")
-        old[renamed.replace("classifier.linear.", "classifier.linear.linear.")] = tensor
-    assert old.keys() != weights_of(written).keys()
-    assert load_published(written_again(old, tmp_path / "old")).state().digest() == supernet.state().digest()
+def test_inputs_are_normalised_as_the_published_networks_were_trained(written):
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert load_published(written).normalisation == imagenet
+    assert load_published(written, num_classes=4).normalisation == imagenet
+
+
+def older(key: str) -> str:
+    """A key as older files have it; residual blocks never had a `mobile_inverted_conv`."""
+    if key.startswith("blocks.") and key.split(".")[2] == "conv":
+        key = key.replace(".conv.", ".mobile_inverted_conv.", 1)
+    key = key.replace("bn.bn.", "bn.").replace(".conv.conv.weight", ".conv.weight")
+    short, long = "classifier.linear.", "classifier.linear.linear."
+    return key.replace(long, short) if key.startswith(long) else key.replace(short, long)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_older_key_names_are_read(name, tmp_path):
+    supernet = build_elastic(replace(PUBLISHED[name], num_classes=3), torch.Generator().manual_seed(0))
+    save_published(supernet, tmp_path / "new")
+    weights = weights_of(tmp_path / "new")
+    old = {older(key): tensor for key, tensor in weights.items()}
+    assert len(old) == len(weights) and len(old.keys() - weights.keys()) > 100
+    again = load_published(written_again(old, tmp_path / "old"), num_classes=3)
+    assert again.spec == supernet.spec
+    assert again.state().digest() == supernet.state().digest()
 
 
 def test_no_key_is_a_spelling_of_two_tensors():
-    from fedofa.supernet.families import build_elastic
-
     for spec in PUBLISHED.values():
         keys = [key for _, theirs in published_names(build_elastic(spec)) for key in spellings(theirs)]
         assert len(keys) == len(set(keys))
@@ -87,11 +105,55 @@ def test_another_number_of_classes_needs_a_word(supernet, written, tmp_path):
             assert torch.equal(tensor, fresh.shared()[name])
 
 
-def test_a_file_of_another_family_is_refused_by_what_is_missing(written):
-    with pytest.raises(CheckpointError) as caught:
+def test_a_file_of_another_family_is_refused_by_its_own_name_first_and_all_that_is_wrong(written):
+    with pytest.raises(MisfitError) as caught:
         load_published(written, "ofa_supernet_resnet50")
-    for part in ("'resnet'", "missing blocks.0.conv1.bn.bn.bias", "problems", "more"):
-        assert part in str(caught.value)
+    assert str(caught.value).startswith(
+        f"{written}: the file is of {NAME}, not of ofa_supernet_resnet50: use that space; the weights do not fit "
+        f"ofa_supernet_resnet50: {len(caught.value.problems)} problems: missing blocks.0.conv1.bn.bn.bias, "
+    )
+    assert " more; unknown " in str(caught.value)
+    head = "misshapen classifier.linear.weight (expected shape (1000, 2048), found (1000, 1280))"
+    assert "missing blocks.9.conv3.conv.conv.weight" in caught.value.problems and head in caught.value.problems
+    assert "missing blocks.9.conv3.conv.conv.weight" not in str(caught.value)
+
+
+def test_a_file_that_is_of_none_says_what_it_was_taken_for_and_how_to_choose(tmp_path):
+    path = written_again({"first_conv.conv.weight": torch.zeros(24, 3, 3, 3)}, tmp_path / "foreign")
+    with pytest.raises(MisfitError) as caught:
+        load_published(path)
+    wide = "ofa_mbv3_d234_e346_k357_w1.2"
+    others = ", ".join(name for name in PUBLISHED if name != wide)
+    assert str(caught.value).startswith(
+        f"{path}: the file was taken to be {wide}, which it fits best; if it is another, pass name= one of {others}; "
+        f"the weights do not fit {wide}: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "problem"),
+    [
+        ("first_conv.conv.weight", Tensor.int, "expected floating-point values, found torch.int32"),
+        (
+            "classifier.linear.bias",
+            lambda bias: bias.index_fill(0, torch.tensor([2, 5]), float("nan")),
+            "expected finite values, found 2 of 1000 that are not",
+        ),
+        (
+            "blocks.1.conv.depth_conv.bn.bn.running_var",
+            lambda variance: torch.full_like(variance, 1e300, dtype=torch.float64),
+            "expected finite values, found 96 of 96 that are not",
+        ),
+    ],
+    ids=["integers", "not a number", "too large"],
+)
+def test_values_that_are_no_weights_are_refused(written, tmp_path, key, change, problem):
+    weights = weights_of(written)
+    weights[key] = change(weights[key])
+    with pytest.raises(MisfitError) as caught:
+        load_published(written_again(weights, tmp_path / "damaged"), NAME)
+    assert caught.value.problems == (f"damaged {key} ({problem})",)
+    assert f"the weights do not fit {NAME}: 1 problems: damaged {key} ({problem})" in str(caught.value)
 
 
 def test_an_unknown_name_is_refused(written):
