@@ -7,6 +7,8 @@ one of:
 - "payload + module": the subnet's task as the server ships it, and the subnet as a module in evaluation mode that runs
   on the payload's own weights. "again" has the subnet's slice map from an earlier cut, as a server that cuts the same
   subnets every round; every other row is of a subnet that was never cut before.
+- "payload + module, ordered": of a supernet whose channels are gathered by a random ordering; `ofa` keeps its channels
+  sorted in memory instead.
 - "payload + own weights": the same with a module that has weights of its own to train.
 - "own weights", "payload": each of the two by itself.
 - "copy": the subnet's bytes copied from one array to another, which no cut can do without.
@@ -127,7 +129,7 @@ class Row:
     before: Callable[[SubnetConfig], object]
 
 
-def rows_of(peer: Any, server: Server) -> list[Row]:
+def rows_of(peer: Any, server: Server, ordered: Server) -> list[Row]:
     """The lines, `ofa`'s first."""
 
     def activate(subnet: SubnetConfig) -> None:
@@ -144,6 +146,7 @@ def rows_of(peer: Any, server: Server) -> list[Row]:
         Row("ofa get_active_subnet", lambda _: peer.get_active_subnet(), activate),
         Row("payload + module", server.payload_and_module, server.forget),
         Row("payload + module, again", server.payload_and_module, server.supernet.slice_map),
+        Row("payload + module, ordered", ordered.payload_and_module, ordered.forget),
         Row("payload + own weights", server.payload_and_own_weights, server.forget),
         Row("own weights", server.own_weights, server.forget),
         Row("payload", server.payload, server.forget),
@@ -186,6 +189,13 @@ def prepare(server: Server) -> None:
     print(f"first cut of all {first * 1e3:.1f} ms; {_PREPARING} random ones {time.process_time() - start:.1f} s")
 
 
+def shuffled() -> MobileNetV3Supernet:
+    """A supernet with a random channel ordering."""
+    supernet, rng = MobileNetV3Supernet.published(generator=torch.Generator().manual_seed(0)), np.random.default_rng(0)
+    supernet.set_ordering({group: rng.permutation(size) for group, size in supernet.channel_groups().items()})
+    return supernet
+
+
 def keep_pages() -> None:
     """Tells glibc to give no memory back."""
     libc = ctypes.CDLL(None)
@@ -202,9 +212,10 @@ def main() -> None:
     supernet = MobileNetV3Supernet.published(generator=torch.Generator().manual_seed(0))
     print(f"python {platform.python_version()}, torch {torch.__version__}, ofa {version('ofa')}")
     print(f"{os.cpu_count()} cores, load average {' '.join(f'{load:.2f}' for load in os.getloadavg())}")
-    server = Server.of(supernet)
+    server, ordered = Server.of(supernet), Server.of(shuffled())
     prepare(server)
-    rows, ratios = rows_of(peer, server), {}
+    prepare(ordered)
+    rows, ratios = rows_of(peer, server, ordered), {}
     for allocator in ("default", "reused"):
         if allocator == "reused":
             keep_pages()

@@ -164,7 +164,7 @@ def start_from(
     if say and differing:
         say(f"supernet.pretrained: taken over from {found.where}: {_listed(differing, len(differing))}")
     if say and classifier:
-        say(f"supernet.pretrained: {classifier}: this run starts with a fresh one")
+        say(f"supernet.pretrained: {classifier}: a fresh one is drawn")
     return supernet
 
 

@@ -295,9 +295,7 @@ def test_features_without_a_classifier_need_a_number_of_classes(tmp_path):
     assert load_pretrained(tmp_path / "features.pt", TINY, num_classes=6).space.count() > 1
     notes: list[str] = []
     start_from(TINY, str(tmp_path / "features.pt"), torch.Generator(), notes.append)
-    assert notes == [
-        f"supernet.pretrained: {tmp_path / 'features.pt'} has no classifier: this run starts with a fresh one"
-    ]
+    assert notes == [f"supernet.pretrained: {tmp_path / 'features.pt'} has no classifier: a fresh one is drawn"]
 
 
 def test_a_run_of_other_classes_is_told_of_its_fresh_classifier(tmp_path):
@@ -306,7 +304,7 @@ def test_a_run_of_other_classes_is_told_of_its_fresh_classifier(tmp_path):
     start_from(TINY, str(path), torch.Generator(), notes.append)
     assert notes == []
     start_from(replace(TINY, num_classes=4), str(path), torch.Generator(), notes.append)
-    assert notes == [f"supernet.pretrained: the classifier of {path} has 6 classes: this run starts with a fresh one"]
+    assert notes == [f"supernet.pretrained: the classifier of {path} has 6 classes: a fresh one is drawn"]
 
 
 @pytest.mark.parametrize(
