@@ -398,7 +398,7 @@ class ShrinkingConf(ScheduleConf):
     max_gradient_norm: float = MISSING
     max_shift: int = MISSING  # random shifts of the images, in pixels
     frozen: list[str] = MISSING  # parts that do not train, e.g. [stem, stages.0]
-    order_batches: int = MISSING  # batches by which channels are ordered before the first step; 0: as they are
+    order_batches: int = MISSING  # that say how channels are ordered, at the start and in phases that do; 0: L1 norms
     precision: str = MISSING  # of convolutions and matrix products: "float32" | "bfloat16"
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from fedofa.search.fit import FitSearch, PlanOf, capacity, uniform_subnets
-from fedofa.shrinking.channels import sorted_channels, with_channels
+from fedofa.shrinking.channels import check_channels, sorted_channels, with_channels
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
@@ -63,6 +63,7 @@ class FederatedShrinking:
 
     Raises:
         SpaceError, InfeasibilityError: when a phase leaves the space.
+        ConfigError: when a phase orders channels and the supernet has none.
     """
 
     supernet: Supernet
@@ -74,6 +75,7 @@ class FederatedShrinking:
     fleets: list[FleetPlan] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
+        check_channels(self.supernet, self.schedule)
         self.samplers = [PhaseSampler(self.supernet.space, phase, self._macs) for phase in self.schedule.phases]
 
     def plan(self, clients: Sequence[ClientInfo]) -> None:

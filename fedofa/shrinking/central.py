@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedofa.finetune.inputs import prepare_inputs, resized
 from fedofa.finetune.ops.depthwise import FastDepthwise
 from fedofa.finetune.trainer import shifted
-from fedofa.shrinking.channels import kept_widths, sorted_channels, with_channels
+from fedofa.shrinking.channels import check_channels, kept_widths, sorted_channels, with_channels
 from fedofa.shrinking.losses import build_distance
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
@@ -129,6 +129,7 @@ class CentralShrinking:
             raise DatasetError(f"shrinking needs at least 2 training examples, found {len(labels)}")
         if training.order_batches:
             with_channels(supernet, "shrinking.order_batches")
+        check_channels(supernet, schedule)
         self.supernet = supernet
         self.schedule = schedule
         self.training = training

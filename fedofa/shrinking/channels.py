@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedofa.shrinking.schedule import CHANNEL_AXES, ShrinkPhase
+from fedofa.shrinking.schedule import CHANNEL_AXES, ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.elastic import ElasticSupernet
 from fedofa.supernet.importance import channel_ordering
@@ -27,6 +27,13 @@ def with_channels(supernet: Supernet, setting: str) -> ElasticSupernet:
     if not isinstance(supernet, ElasticSupernet):
         raise ConfigError(f"{setting}: a supernet of {supernet.space.family!r} has no channels to order; leave it out")
     return supernet
+
+
+def check_channels(supernet: Supernet, schedule: ShrinkSchedule) -> None:
+    """Refuse a schedule with a phase that orders channels of a supernet that has none; see `with_channels`."""
+    for phase in schedule.phases:
+        if phase.order_channels:
+            with_channels(supernet, f"shrinking phase {phase.name!r}, order_channels")
 
 
 def sorted_channels(

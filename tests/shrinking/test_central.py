@@ -124,6 +124,8 @@ def test_channels_are_ordered_by_the_first_batches_before_the_first_step_and_nev
     fixed = FixedSupernet(nn.Linear(4, 2), (4,))
     with pytest.raises(ConfigError, match=r"shrinking.order_batches: .*no channels to order; leave it out"):
         CentralShrinking(fixed, one_phase(), replace(TRAINING, order_batches=1), IMAGES, LABELS, [0], [1], seed=0)
+    with pytest.raises(ConfigError, match=r"phase 'a', order_channels: .*no channels to order; leave it out"):
+        CentralShrinking(fixed, one_phase(order_channels=True), TRAINING, IMAGES, LABELS, [0], [1], seed=0)
 
 
 @pytest.mark.parametrize("order_batches", [0, 2])
