@@ -24,8 +24,8 @@ commands:
   settings    print every setting with its value, as simulate would use it; `settings shrink ...` those of shrink,
               and so for profile, predictor and search
 
-Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, runtime, tracking; for
-shrink data, supernet, shrinking) take the name of a file under conf/."""
+Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, shrinking, runtime,
+tracking; for shrink data, supernet, shrinking) take the name of a file under conf/."""
 
 _MULTIRUN = {"-m", "--multirun"}
 
