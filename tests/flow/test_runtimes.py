@@ -57,12 +57,15 @@ def wait_for_port(address: str) -> None:
 
 @pytest.mark.slow
 def test_clients_fail_on_ray_without_harm_to_others(overrides, tmp_path):
-    """A killed process and a hung client cost only themselves; a refused delta is refused as everywhere."""
+    """A killed process and a hung client cost only themselves; a refused delta is refused as everywhere.
+
+    The first answer waits for Ray to start its processes, which on a busy machine takes more than 15 s.
+    """
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     import json
 
     more = ("fleet.num_clients=18", "fleet.clients_per_round=18", "fleet.quorum_fraction=0.1", "rounds=1", *QUICK)
-    more = (*more, "fleet.reply_seconds=15", *(f"fleet.classes.{name}.availability=1" for name in CLASSES))
+    more = (*more, "fleet.reply_seconds=40", *(f"fleet.classes.{name}.availability=1" for name in CLASSES))
     settings = [*overrides(tmp_path / "run", *more), "runtime=ray"]
     code = "import json, sys; from conf.compose import compose_conf; from server.ray_engine import run_on_ray; "
     code += "run_on_ray(compose_conf(json.loads(sys.argv[1])), client_app='hostile_app:app')"
@@ -77,7 +80,7 @@ def test_clients_fail_on_ray_without_harm_to_others(overrides, tmp_path):
     assert set(failures) == {f"client-{number:04d}" for number in range(16)}, "each costs only itself"
     assert record["folded"] == 2
     assert "out of battery" in failures["client-0000"]
-    assert "no answer within 15 s" in failures["client-0015"]
+    assert "no answer within 40 s" in failures["client-0015"]
 
 
 CLASSES = ("sensor_board", "raspberry_pi", "phone", "workstation")
