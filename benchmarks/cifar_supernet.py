@@ -60,7 +60,7 @@ class Job:
             "data.test_examples=1000", "num_watched=0", "calibration_examples=500",
             f"num_threads={self.threads}", f"seed={self.seed}",
             f"output_dir={self.folder / part}", f"resume={str((self.folder / part / 'checkpoints').exists()).lower()}",
-            "shrinking.learning_rate=0.2", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
+            "shrinking.learning_rate=0.1", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
             f"shrinking.precision={self.precision}",
         ]  # fmt: skip
 
