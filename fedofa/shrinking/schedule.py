@@ -284,24 +284,23 @@ def _apportion(shares: Sequence[int], total: int) -> list[int]:
 def _phase_from_json(number: int, value: Any) -> ShrinkPhase:
     """One phase; `number` says in messages which."""
     where = f"shrinking.phases, phase {number}"
-    known, needed = [item.name for item in fields(ShrinkPhase)], {"name", "steps", "elastic"}
+    kinds, needed = {item.name: str(item.type) for item in fields(ShrinkPhase)}, {"name", "steps", "elastic"}
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: expected an object with {sorted(needed)}, found {value!r}")
-    unknown, missing = sorted(set(value) - set(known)), sorted(needed - set(value))
+    unknown, missing = sorted(set(value) - set(kinds)), sorted(needed - set(value))
     if unknown or missing:
-        raise ConfigError(f"{where}: unknown settings {unknown}, missing ones {missing}; known: {known}")
+        raise ConfigError(f"{where}: unknown settings {unknown}, missing ones {missing}; known: {list(kinds)}")
     settings = dict(value)
     settings["elastic"] = _read(where, "elastic", value, "an object of lists: axis -> values", _elastic)
     settings["macs_targets"] = _read(where, "macs_targets", value, "a list of numbers", _numbers)
     settings["loss"] = _read(where, "loss", value, "an object with fields of TeacherLoss", _teacher_loss)
-    for item in fields(ShrinkPhase):
-        if item.name in value and item.name not in ("elastic", "macs_targets", "loss"):
-            _check_kind(where, item.name, value[item.name], str(item.type))
+    for name in sorted(value.keys() - {"elastic", "macs_targets", "loss"}):
+        _check_kind(where, name, value[name], kinds[name])
     return ShrinkPhase(**settings)
 
 
 def _read(where: str, name: str, value: Mapping[str, Any], wanted: str, read: Callable[[Any], T]) -> T:
-    found = value.get(name, {} if name != "macs_targets" else ())
+    found = value.get(name, {})
     try:
         return read(found)
     except (TypeError, AttributeError, ValueError):
