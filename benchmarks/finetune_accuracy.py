@@ -37,7 +37,7 @@ from fedofa.finetune.plans import build_plan, choose_segments, needs_contributio
 from fedofa.finetune.probing import measure_contributions
 from fedofa.report import style
 from fedofa.supernet.chain import ChainSpec, ChainSupernet
-from fedofa.supernet.pretrained import READY_MADE
+from fedofa.supernet.ready_made import READY_MADE
 from fedofa.types.plan import FineTunePlan
 from server.checkpoint import replace_file
 from server.outputs import versions

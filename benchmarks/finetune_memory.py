@@ -47,7 +47,7 @@ from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.sparse import Contributions
 from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.chain import ChainSpec, ChainSupernet
-from fedofa.supernet.pretrained import READY_MADE
+from fedofa.supernet.ready_made import READY_MADE
 from fedofa.types.plan import FineTunePlan
 
 _BATCH = 16

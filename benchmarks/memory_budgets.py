@@ -40,8 +40,8 @@ from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.elastic import ElasticSpec
 from fedofa.supernet.families import build_elastic, build_supernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.pretrained import READY_MADE
 from fedofa.supernet.proxyless import ProxylessSpec
+from fedofa.supernet.ready_made import READY_MADE
 from fedofa.supernet.resnet import ResNetSpec
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig

@@ -69,7 +69,7 @@ def build(width: float, side: int):
 
     from fedofa.supernet.chain import ChainSupernet
     from fedofa.supernet.network import make_divisible
-    from fedofa.supernet.pretrained import READY_MADE
+    from fedofa.supernet.ready_made import READY_MADE
 
     torch.set_num_threads(1)
     whole = READY_MADE["mobilenet_v2"]

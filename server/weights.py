@@ -18,8 +18,8 @@ from safetensors.numpy import save as save_tensors
 
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.network import is_lite
-from fedofa.supernet.published import MisfitError, start_from_published
-from fedofa.types.errors import CheckpointError
+from fedofa.supernet.published import start_from_published
+from fedofa.types.errors import CheckpointError, MisfitError
 from fedofa.types.state import SharedState
 from server.checkpoint import replace_file
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec, is_lite
 from fedofa.supernet.proxyless import ProxylessSpec
 from fedofa.supernet.resnet import ResNetSpec
-from fedofa.supernet.weights_file import read_content
-from fedofa.types.errors import CheckpointError, ConfigError
+from fedofa.supernet.weights_file import read_content, value_problem
+from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of pixels scaled to [0, 1]: what the published networks were trained with."""
@@ -58,18 +58,6 @@ _SPELLINGS = ((".conv.conv.weight", ".conv.weight"), (".bn.bn.", ".bn."), (".lin
 _BLOCK = re.compile(r"^(blocks\.\d+)\.conv\.")
 _COUNTER = "num_batches_tracked"
 _SHOWN = 20
-
-
-class MisfitError(CheckpointError):
-    """A file's entries are not those of the network that is to take them.
-
-    Attributes:
-        problems: every entry that does not fit, in words; the message shows the first ones.
-    """
-
-    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
-        super().__init__(message)
-        self.problems = tuple(problems)
 
 
 def published_names(supernet: ElasticSupernet) -> Iterator[tuple[str, str]]:
@@ -228,16 +216,6 @@ def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]
         for name, tensor in supernet.shared().items():
             tensor.copy_(weights[keys[name]])
     supernet.set_ordering({})
-
-
-def value_problem(value: Any) -> str | None:
-    """Why a tensor's values cannot be weights, in words; None where they can."""
-    if not isinstance(value, Tensor):
-        return None
-    if not value.is_floating_point():
-        return f"expected floating-point values, found {value.dtype}"
-    bad = int((~value.float().isfinite()).sum())
-    return f"expected finite values, found {bad} of {value.numel()} that are not" if bad else None
 
 
 def _listed(kind: str, entries: list[str]) -> str:

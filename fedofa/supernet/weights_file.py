@@ -1,9 +1,10 @@
-"""Reads a file of tensors, as torch or safetensors wrote it, and refuses anything else."""
+"""Reads a file of tensors, as torch or safetensors wrote it, and refuses anything else; says what is wrong with one."""
 
 from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,18 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {str(key): value for key, value in weights.items()}
     found = sorted(map(str, weights))[:5] if isinstance(weights, dict) else type(weights).__name__
     raise CheckpointError(f"{path}: expected {{key: tensor}}, plain or under 'state_dict', found {found}")
+
+
+def value_problem(value: Any) -> str | None:
+    """Why a tensor's values cannot be weights, in words; None where they can."""
+    if not isinstance(value, Tensor):
+        return None
+    if not value.is_floating_point():
+        return f"expected floating-point values, found {value.dtype}"
+    bad = int((~value.float().isfinite()).sum())
+    return f"expected finite values, found {bad} of {value.numel()} that are not" if bad else None
+
+
+def listed(items: Sequence[str], most: int) -> str:
+    """The first of the items in a row, and how many more there are."""
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")

@@ -1,5 +1,7 @@
 """The errors that fedofa raises on bad input; each message says what, where, expected, found and what to do."""
 
+from collections.abc import Iterable
+
 
 class FedofaError(Exception):
     """Base of every error that fedofa raises on purpose."""
@@ -35,6 +37,18 @@ class DivergenceError(FedofaError, ArithmeticError):
 
 class CheckpointError(FedofaError, ValueError):
     """A checkpoint is truncated, tampered with or belongs to another run."""
+
+
+class MisfitError(CheckpointError):
+    """A file's entries are not those of the network that is to take them.
+
+    Attributes:
+        problems: every entry that does not fit, in words; the message shows the first ones.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 class InfeasibilityError(FedofaError, ValueError):

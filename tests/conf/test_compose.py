@@ -28,8 +28,8 @@ from conf.schema import (
     StageConf,
 )
 from fedofa.supernet.families import build_supernet
-from fedofa.supernet.pretrained import READY_MADE
 from fedofa.supernet.published import PUBLISHED
+from fedofa.supernet.ready_made import READY_MADE
 from fedofa.types.errors import ConfigError
 
 ROOT = Path(str(files("conf")))

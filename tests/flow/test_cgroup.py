@@ -17,7 +17,7 @@ from fedofa.finetune.budget import plan_for_budget
 from fedofa.finetune.inputs import ImageForm
 from fedofa.finetune.trainer import LocalTraining
 from fedofa.supernet.chain import ChainSupernet
-from fedofa.supernet.pretrained import READY_MADE
+from fedofa.supernet.ready_made import READY_MADE
 
 ROOT = Path(__file__).parents[2]
 CLIENT = Path(__file__).with_name("cgroup_client.py")

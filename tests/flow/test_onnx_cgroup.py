@@ -14,7 +14,7 @@ import torch
 from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.supernet.chain import ChainSupernet
-from fedofa.supernet.pretrained import READY_MADE
+from fedofa.supernet.ready_made import READY_MADE
 from fedofa.types.plan import FineTunePlan
 from fedofa.update.exchange import ClientTask, decode_delta, encode_task
 from server.compiled import compiled

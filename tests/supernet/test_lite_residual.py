@@ -19,11 +19,11 @@ from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.finetune.trainer import fine_tune
 from fedofa.supernet.chain import ChainSupernet
+from fedofa.supernet.chain_weights import load_weights
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.families import build_supernet as build_described
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.network import is_lite
-from fedofa.supernet.pretrained import load_weights
 from fedofa.supernet.published import save_published
 from fedofa.types.errors import CheckpointError, ConfigError, ProfileError
 from server.weights import start_from, write_supernet

@@ -22,10 +22,11 @@ from references import (
 from safetensors.torch import save_file
 
 from fedofa.supernet.chain import BlockSize, ChainSpec, ChainSupernet
+from fedofa.supernet.chain_weights import load_weights
 from fedofa.supernet.layouts import LAYOUTS
-from fedofa.supernet.pretrained import READY_MADE, TIMM, load_pretrained, load_weights, start_from
-from fedofa.supernet.published import MisfitError
-from fedofa.types.errors import CheckpointError, ConfigError
+from fedofa.supernet.pretrained import load_pretrained, start_from
+from fedofa.supernet.ready_made import READY_MADE, TIMM
+from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 LITE0, V2 = READY_MADE["efficientnet_lite0"], READY_MADE["mobilenet_v2"]
 TINY = ChainSpec(

@@ -12,8 +12,8 @@ from fedofa.supernet import PUBLISHED, MobileNetV3Supernet, ProxylessSupernet, l
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.published import MisfitError, published_names, spellings
-from fedofa.types.errors import CheckpointError, ConfigError
+from fedofa.supernet.published import published_names, spellings
+from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 NAME = "ofa_mbv3_d234_e346_k357_w1.0"
 
