@@ -166,7 +166,6 @@ class ChainSpec(ElasticSpec):
 
     def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
         blocks = tuple(self._blocks(space, subnet))
-        (resolution,) = space.values(subnet, "resolution")
         last = blocks[-1].out_channels
         parts: list[PartSpec] = [
             ConvSpec(
@@ -184,16 +183,8 @@ class ChainSpec(ElasticSpec):
         parts += blocks
         if self.feature_width:
             parts.append(ConvSpec("mix", last, self.feature_width, activation=self.activation))
-        return NetworkSpec(
-            self.in_channels,
-            (*parts, PoolSpec("pool", "mean")),
-            self.feature_width or last,
-            self.num_classes,
-            self.norm,
-            self.norm_eps,
-            self.dropout,
-            int(resolution or 0),
-        )
+        parts.append(PoolSpec("pool", "mean"))
+        return self._with_classifier(space, subnet, parts, self.feature_width or last)
 
     def _blocks(self, space: SearchSpace, subnet: SubnetConfig) -> Iterator[BlockSpec]:
         chosen = {axis.name: space.values(subnet, axis.name) for axis in space.axes}

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cached_property
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from fedofa.supernet.base import Supernet, refuse_tensors
 from fedofa.supernet.costs import BlockCost, block_costs
 from fedofa.supernet.layers import Filling, Network
-from fedofa.supernet.network import GROUP_NORM_CHANNELS, NORMS, MBConvSpec, NetworkSpec, ParameterSpec, is_lite
+from fedofa.supernet.network import (
+    GROUP_NORM_CHANNELS,
+    NORMS,
+    MBConvSpec,
+    NetworkSpec,
+    ParameterSpec,
+    PartSpec,
+    is_lite,
+)
 from fedofa.supernet.slices import matrix_name
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -30,11 +38,18 @@ class ElasticSpec(ABC):
     Attributes:
         family: the name that descriptions and configurations carry.
         nested: settings that are dataclasses themselves, or tuples of them.
+        in_channels, num_classes: of the images and the labels.
+        norm, norm_eps, dropout: see `NetworkSpec`.
     """
 
     __slots__ = ()
     family: ClassVar[str]
     nested: ClassVar[Mapping[str, type]]
+    in_channels: int
+    num_classes: int
+    norm: str
+    norm_eps: float
+    dropout: float
 
     @property
     @abstractmethod
@@ -48,6 +63,28 @@ class ElasticSpec(ABC):
     @abstractmethod
     def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
         """The description of one subnet of `search_space`."""
+
+    def _with_classifier(
+        self,
+        space: SearchSpace,
+        subnet: SubnetConfig,
+        parts: Iterable[PartSpec],
+        features: int,
+        feature_group: str | None = None,
+    ) -> NetworkSpec:
+        """A subnet's parts with the classifier and the settings that all subnets share."""
+        (resolution,) = space.values(subnet, "resolution")
+        return NetworkSpec(
+            self.in_channels,
+            tuple(parts),
+            features,
+            self.num_classes,
+            self.norm,
+            self.norm_eps,
+            self.dropout,
+            int(resolution or 0),
+            feature_group,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal spec."""

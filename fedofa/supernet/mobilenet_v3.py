@@ -86,17 +86,7 @@ class MobileNetV3Spec(ElasticSpec):
             PoolSpec("pool", "mean"),
             ConvSpec("mix", self.final_width, self.feature_width, norm=False, activation="h_swish"),
         )
-        (resolution,) = space.values(subnet, "resolution")
-        return NetworkSpec(
-            self.in_channels,
-            parts,
-            self.feature_width,
-            self.num_classes,
-            self.norm,
-            self.norm_eps,
-            self.dropout,
-            int(resolution or 0),
-        )
+        return self._with_classifier(space, subnet, parts, self.feature_width)
 
     def scaled(self, width: float) -> MobileNetV3Spec:
         """The spec with every width multiplied and rounded to a multiple of 8."""

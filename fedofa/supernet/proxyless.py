@@ -90,17 +90,7 @@ class ProxylessSpec(ElasticSpec):
             ConvSpec("mix", self.last_stage.width, self.feature_width, activation=_ACTIVATION),
             PoolSpec("pool", "mean"),
         )
-        (resolution,) = space.values(subnet, "resolution")
-        return NetworkSpec(
-            self.in_channels,
-            parts,
-            self.feature_width,
-            self.num_classes,
-            self.norm,
-            self.norm_eps,
-            self.dropout,
-            int(resolution or 0),
-        )
+        return self._with_classifier(space, subnet, parts, self.feature_width)
 
     def scaled(self, width: float) -> ProxylessSpec:
         """The spec with every width multiplied and rounded to a multiple of 8."""

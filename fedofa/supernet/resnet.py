@@ -91,19 +91,9 @@ class ResNetSpec(ElasticSpec):
 
     def network(self, space: SearchSpace, subnet: SubnetConfig) -> NetworkSpec:
         widths = [float(width or 0) for width in space.values(subnet, "width")]
-        (resolution,) = space.values(subnet, "resolution")
+        parts = (*self._stem(space, subnet, widths), *self._blocks(space, subnet, widths), PoolSpec("pool", "mean"))
         features = make_divisible(self.stages[-1].width * widths[-1])
-        return NetworkSpec(
-            self.in_channels,
-            (*self._stem(space, subnet, widths), *self._blocks(space, subnet, widths), PoolSpec("pool", "mean")),
-            features,
-            self.num_classes,
-            self.norm,
-            self.norm_eps,
-            self.dropout,
-            int(resolution or 0),
-            feature_group=f"stages.{len(self.stages) - 1}.width",
-        )
+        return self._with_classifier(space, subnet, parts, features, f"stages.{len(self.stages) - 1}.width")
 
     def _stem(self, space: SearchSpace, subnet: SubnetConfig, widths: list[float]) -> Iterator[PartSpec]:
         inner = make_divisible(make_divisible(self.stem_width * widths[0]) // 2)
