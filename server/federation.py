@@ -48,6 +48,7 @@ from server.scoring import Scorer
 from server.settings import FederationSettings
 from server.strategy import FedOFA
 from server.tracking.backends import check_tracking
+from server.weights import normalisation_for
 from server.weights import start_from as start_from_weights
 
 _RECOMPUTE = {"never": (False,), "auto": (False, True), "always": (True,)}
@@ -149,8 +150,7 @@ def build_parts(conf: SimulateConf) -> Parts:
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
     if conf.supernet_weights:
         say(start_from_weights(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
-    own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
-    normalisation = supernet.normalisation or own
+    normalisation = normalisation_for(supernet, images)
     if conf.evaluation.calibration == "none":
         _check_kept_statistics(conf, supernet)
     scorer = Scorer(supernet, data.global_test, data.calibration, normalisation, by=conf.evaluation.calibration)

@@ -31,7 +31,7 @@ from server.resources import Stopwatch
 from server.rounds import RoundLog
 from server.schedules import build_schedule
 from server.scoring import Scorer
-from server.weights import start_from, write_supernet
+from server.weights import normalisation_for, start_from, write_supernet
 
 _WATCHED, _CALIBRATION = 11, 12
 """Tell the random numbers of the watched subnets and of the calibration set from those of the training."""
@@ -101,8 +101,7 @@ def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     schedule = build_schedule(conf.shrinking, supernet.space, conf.shrinking.steps or 0)
     if conf.supernet_weights:
         say(start_from(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
-    own = {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
-    normalisation = supernet.normalisation or own
+    normalisation = normalisation_for(supernet, images)
     shrinking = CentralShrinking(
         supernet, schedule, training, train.images, train.labels, **normalisation, seed=conf.seed
     )

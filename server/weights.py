@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from fedofa.data.sources import ImageSet
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.network import is_lite
 from fedofa.supernet.published import start_from_published
@@ -66,6 +67,25 @@ def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> st
         return _start_from_file(supernet, path, generator)
     _start_from_folder(supernet, path.parent if path.name == _TENSORS else path)
     return None
+
+
+def normalisation_for(supernet: Supernet, images: ImageSet) -> dict[str, list[float]]:
+    """Per-channel "mean" and "std" of a run's pixels: what the weights were trained with, else the data's own.
+
+    Raises:
+        CheckpointError: when the weights' does not suit the data's channels and rows.
+    """
+    if supernet.normalisation is None:
+        return {"mean": [float(x) for x in images.mean], "std": [float(x) for x in images.std]}
+    _, channels, height, _ = images.images.shape
+    found = len(supernet.normalisation["mean"])
+    if found not in (channels, channels * height):
+        raise CheckpointError(
+            f"the weights' normalisation has {found} values, expected one for each of the {channels} channels of "
+            f"{images.name!r} or for each of their {channels * height} rows; use data of the shape that the weights "
+            f'were trained on, or remove "normalisation" from {_DESCRIPTION} to use the data\'s own'
+        )
+    return supernet.normalisation
 
 
 def _start_from_file(supernet: Supernet, path: Path, generator: torch.Generator) -> str | None:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from cohorts import build_supernet
 
+from fedofa.data.sources import ImageSet
 from fedofa.supernet import MobileNetV3Supernet, save_published
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.types.errors import CheckpointError
-from server.weights import start_from, write_supernet
+from server.weights import normalisation_for, start_from, write_supernet
 
 DRAWS = torch.Generator().manual_seed(3)
 
@@ -67,6 +68,27 @@ def test_a_normalisation_that_is_none_is_refused_and_nothing_is_taken(tmp_path, 
     with pytest.raises(CheckpointError, match=r"supernet\.json: normalisation: expected \"mean\" and \"std\".*found"):
         start_from(supernet, tmp_path, DRAWS)
     assert supernet.state().digest() == before and supernet.normalisation is None
+
+
+def measurements(channels, rows):
+    shape = (2, channels, rows, 4)
+    statistics = tuple(float(x) for x in range(1, channels * rows + 1))
+    return ImageSet("sensors", ("a", "b"), np.zeros(shape, np.float32), np.zeros(2, np.int64), None, *[statistics] * 2)
+
+
+@pytest.mark.parametrize("values", [2, 6])
+def test_a_normalisation_of_channels_or_of_rows_is_the_weights_own(values):
+    supernet = build_supernet(1)
+    assert normalisation_for(supernet, measurements(2, 3))["std"] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    supernet.normalisation = {"mean": [0.0] * values, "std": [0.5] * values}
+    assert normalisation_for(supernet, measurements(2, 3)) == supernet.normalisation
+
+
+def test_a_normalisation_of_another_shape_is_refused_with_what_it_should_have():
+    supernet = build_supernet(1)
+    supernet.normalisation = {"mean": [0.0] * 8, "std": [0.5] * 8}
+    with pytest.raises(CheckpointError, match=r"has 8 values, expected one for each of the 2 channels of 'sensors' or"):
+        normalisation_for(supernet, measurements(2, 3))
 
 
 def test_a_supernet_of_another_space_is_refused_by_setting(tmp_path):
