@@ -11,7 +11,7 @@ from torch import nn
 from fedofa.data.federation import Examples
 from fedofa.evaluation.calibration import CALIBRATION_BATCH, apply_sums, calibrate
 from fedofa.evaluation.metrics import Score, evaluate
-from fedofa.finetune.inputs import prepare_inputs
+from fedofa.finetune.inputs import Pixels, stored_inputs
 from fedofa.finetune.probing import measure_contributions
 from fedofa.finetune.sparse import Contributions
 from fedofa.supernet.base import Supernet
@@ -102,7 +102,8 @@ class Scorer:
         self, state: SharedState, subnet: SubnetConfig, sums: SumsOf | None = None
     ) -> dict[str, np.ndarray]:
         """The subnet's tensors with calibrated statistics: what clients need that train with frozen ones."""
-        return {name: tensor.numpy() for name, tensor in self.build(state, subnet, sums).state_dict().items()}
+        tensors = self.build(state, subnet, sums).state_dict()
+        return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in tensors.items()}
 
     def loss_on_own(self, state: SharedState, subnet: SubnetConfig) -> float:
         """Mean cross-entropy of the subnet on the server's calibration examples, calibrated with them."""
@@ -128,13 +129,13 @@ class Scorer:
             calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
         some = slice(None, None, -(-len(self.calibration.labels) // _PROBE_EXAMPLES))
         examples = Examples(self.calibration.images[some], self.calibration.labels[some])
-        inputs, labels = self._inputs(examples, subnet), torch.from_numpy(examples.labels)
+        inputs, labels = self._inputs(examples, subnet)[:], torch.from_numpy(examples.labels)
         return measure_contributions(module, self.supernet.block_costs(subnet), inputs, labels)
 
     def input_shape(self, subnet: SubnetConfig) -> tuple[int, ...]:
         """Shape of one example as the subnet takes it, `(1, channels, height, width)`."""
-        return tuple(self._inputs(Examples(self.test.images[:1], self.test.labels[:1]), subnet).shape)
+        return tuple(self._inputs(Examples(self.test.images[:1], self.test.labels[:1]), subnet)[:].shape)
 
-    def _inputs(self, examples: Examples, subnet: SubnetConfig) -> torch.Tensor:
+    def _inputs(self, examples: Examples, subnet: SubnetConfig) -> Pixels:
         mean, std = self.normalisation["mean"], self.normalisation["std"]
-        return prepare_inputs(examples.images, mean, std, self.supernet.resolution(subnet))
+        return stored_inputs(np.ascontiguousarray(examples.images), mean, std, self.supernet.resolution(subnet))

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedofa.finetune.engine import use_channels_last
 from fedofa.types.errors import DatasetError, SpaceError
 from fedofa.types.statistics import ChannelSums, StatisticSums
 
 CALIBRATION_BATCH = 100
 """Examples that pass through a subnet together while it is observed."""
+_PART_VALUES = 1 << 20
 
 
 class _Observer:
@@ -46,8 +48,20 @@ def channel_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     x = x.unsqueeze(2) if x.ndim == 2 else x
-    inner = tuple(range(2, x.ndim))
-    return x.sum(inner).double().sum(0), torch.linalg.vector_norm(x, dim=inner).double().square().sum(0)
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        squares = _innermost_squares(x.permute(0, 2, 3, 1).flatten(1, 2))
+    else:
+        squares = torch.linalg.vector_norm(x, dim=tuple(range(2, x.ndim))).double().square()
+    return x.sum(tuple(range(2, x.ndim))).double().sum(0), squares.sum(0)
+
+
+def _innermost_squares(rows: Tensor) -> Tensor:
+    """Every example's and channel's sum of squares of `(batch, positions, channels)`, float64, a few examples at once.
+
+    The squares of a few stay in a core's cache; torch's norm over positions does not go along the innermost channels.
+    """
+    size = max(1, _PART_VALUES // max(1, rows[:1].numel()))
+    return torch.cat([part.square().sum(1) for part in rows.split(size)]).double()
 
 
 @torch.no_grad()
@@ -60,7 +74,7 @@ def statistic_sums(model: nn.Module, batches: Iterable[Tensor]) -> StatisticSums
     is cut into batches: use some 100 images a batch of mixed classes.
 
     Args:
-        model: a subnet; only its norms' momentum is touched, and put back.
+        model: a subnet; its norms' momentum is put back, its convolutions are in the layout of training and scoring.
         batches: `(batch, channels, height, width)`, normalised and at the subnet's resolution; at least 2 a batch.
     """
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -69,18 +83,23 @@ def statistic_sums(model: nn.Module, batches: Iterable[Tensor]) -> StatisticSums
     observers = {name: _Observer(norm) for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
     model.eval()
+    use_channels_last(model)
     for norm in norms.values():
         norm.train()
         norm.momentum = 0.0
     try:
         for batch in batches:
-            model(batch)
+            model(_channels_innermost(batch))
     finally:
         for name, norm in norms.items():
             observers[name].hook.remove()
             norm.momentum = momenta[name]
         model.eval()
     return {name: observer.sums for name, observer in observers.items()}
+
+
+def _channels_innermost(batch: Tensor) -> Tensor:
+    return batch.contiguous(memory_format=torch.channels_last) if batch.dim() == 4 else batch
 
 
 def merge_sums(parts: Iterable[StatisticSums]) -> StatisticSums:

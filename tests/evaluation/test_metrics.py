@@ -29,3 +29,13 @@ def test_accuracy_and_loss_do_not_depend_on_the_batches(batch_size):
     assert score.loss == pytest.approx(float(picked.mean()), rel=1e-5)
     assert score.num_examples == 23
     assert not model.training
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 250), (96, 18), (1024, 1)])
+def test_the_larger_the_images_the_fewer_pass_at_once(side, most):
+    sizes = []
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), *build_model())
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    count = min(most + 1, 251)
+    evaluate(model, torch.zeros(count, 3, side, side), torch.zeros(count, dtype=torch.int64))
+    assert sizes == [most, 1]
