@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from conf.compose import compose_shrink_conf
+from fedofa.device.allocator import keep_freed_memory
 from fedofa.report.shrinking import plot_shrinking
 from fedofa.supernet.base import Supernet
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -60,7 +61,7 @@ class Job:
             "data.test_examples=1000", "num_watched=0", "calibration_examples=500",
             f"num_threads={self.threads}", f"seed={self.seed}",
             f"output_dir={self.folder / part}", f"resume={str((self.folder / part / 'checkpoints').exists()).lower()}",
-            "shrinking.learning_rate=0.1", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
+            "shrinking.learning_rate=0.05", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
             f"shrinking.precision={self.precision}",
         ]  # fmt: skip
 
@@ -188,13 +189,14 @@ def main() -> None:
     parser.add_argument("action", nargs="?", choices=("all", "train", "score", "table"), default="all")
     parser.add_argument("parts", nargs="*", help=f"of `train` and `score`: {', '.join(PARTS)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
-    parser.add_argument("--steps", type=int, default=3782, help="of the single stage, 64 images each")
+    parser.add_argument("--steps", type=int, default=8400, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     given = parser.parse_args()
+    keep_freed_memory()
     settings = {name: getattr(given, name) for name in ("steps", "head_steps", "precision", "seed", "threads")}
     job = Job(given.folder.resolve(), data_path=given.data_path.resolve(), **settings)
     unknown = sorted(set(given.parts) - set(PARTS))
