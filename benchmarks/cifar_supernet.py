@@ -49,6 +49,7 @@ class Job:
     folder: Path
     steps: int
     head_steps: int
+    teacher_share: float
     precision: str
     seed: int
     threads: int
@@ -74,7 +75,8 @@ class Job:
         common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
         common += [f"shrinking.order_batches={_ORDER_BATCHES}"]
         if part == "supernet":
-            return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", f"shrinking.num_random={_TURNS}"]
+            rule = [f"shrinking.num_random={_TURNS}", f"shrinking.teacher_share={self.teacher_share}"]
+            return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", *rule]
         return [*common, *_alone(ALONE[part], self.steps_alone(part))]
 
     def steps_alone(self, part: str) -> int:
@@ -155,6 +157,7 @@ def measure(job: Job) -> dict[str, Any]:
     rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
     described = {"schedule": "turns", "steps": job.steps, "seed": job.seed, "precision": job.precision}
+    described["teacher_share"] = job.teacher_share
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
@@ -191,13 +194,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/cifar_supernet"))
     parser.add_argument("--steps", type=int, default=8400, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
+    parser.add_argument("--teacher-share", type=float, default=0.0, help="of the loss: what the largest answered")
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     given = parser.parse_args()
     keep_freed_memory()
-    settings = {name: getattr(given, name) for name in ("steps", "head_steps", "precision", "seed", "threads")}
+    names = ("steps", "head_steps", "teacher_share", "precision", "seed", "threads")
+    settings = {name: getattr(given, name) for name in names}
     job = Job(given.folder.resolve(), data_path=given.data_path.resolve(), **settings)
     unknown = sorted(set(given.parts) - set(PARTS))
     if unknown:

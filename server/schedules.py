@@ -27,7 +27,8 @@ def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> Shrink
         case "sandwich":
             return ShrinkSchedule.sandwich(space, steps, num_random=conf.num_random, loss=loss)
         case "turns":
-            return ShrinkSchedule.turns(space, steps, num_random=conf.num_random)
+            share = conf.teacher_share
+            return ShrinkSchedule.turns(space, steps, num_random=conf.num_random, teacher_share=share, loss=loss)
         case "attentive":
             return ShrinkSchedule.attentive(
                 space,

@@ -142,6 +142,7 @@ class CentralShrinking:
         self._optimiser = _build_optimiser(self._parameters, training)
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_module: nn.Module | None = None
+        self._answers: dict[int, Tensor] = {}
 
     def advance(self) -> ShrinkStep:
         """Take the next step.
@@ -153,6 +154,8 @@ class CentralShrinking:
         phase, rate = self.schedule.phases[index], self._set_rate(index, within)
         if within == 0 and (phase.order_channels or (index == 0 and self.training.order_batches)):
             self._order_channels(index)
+        if within == 0:
+            self._answers.clear()
         if phase.teacher == "trained" and self._teacher is None:
             self._teacher = {name: tensor.detach().clone() for name, tensor in self.supernet.shared().items()}
         self.supernet.train()
@@ -174,13 +177,14 @@ class CentralShrinking:
     def _accumulate(self, phase: ShrinkPhase, sampler: PhaseSampler, within: int) -> dict[SubnetConfig, float]:
         """The gradients of all subnets of the step in the shared weights, and their losses."""
         generator = torch.Generator().manual_seed(self._seed_of(_IMAGES, self.done))
-        pixels, labels = self._examples(self.done)
+        batch = self.done - within + phase.batch_of(within)
+        pixels, labels = self._examples(batch)
         pixels = shifted(pixels, self.training.max_shift, generator)
         inputs_of = lru_cache(maxsize=None)(lambda subnet: self._inputs(pixels, subnet))
         label_loss = self._label_loss(labels)
         score_of = self._score(inputs_of, labels) if phase.candidates > 1 else None
         rng = np.random.default_rng([self.seed, _SUBNETS, self.done])
-        teacher = self._trained_logits(inputs_of) if phase.teacher == "trained" else None
+        teacher = self._trained_logits(inputs_of) if phase.teacher == "trained" else self._answers.get(batch)
         distance = build_distance(phase.loss)
         losses = {}
         for subnet in sampler.draw(rng, score_of, step=within):
@@ -194,6 +198,10 @@ class CentralShrinking:
             losses[subnet] = float(loss.detach())
             if phase.teacher == "in_place" and teacher is None:
                 teacher = logits.detach()
+        if phase.keeps_answers and teacher is not None and batch not in self._answers:
+            self._answers[batch] = teacher
+            if len(self._answers) > phase.num_kept:
+                self._answers.pop(min(self._answers))
         return losses
 
     def _logits(self, x: Tensor, subnet: SubnetConfig) -> Tensor:
@@ -271,7 +279,7 @@ class CentralShrinking:
         return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0] >> 1)
 
     def state(self) -> SharedState:
-        """Everything that the next step depends on: the version is the steps done, the moments momentum and teacher."""
+        """Everything that the next step depends on: the version is the steps done, the rest of the training moments."""
         tensors = self.supernet.state()
         momentum = {
             name: state["momentum_buffer"].detach().numpy().copy()
@@ -279,7 +287,9 @@ class CentralShrinking:
             if (state := self._optimiser.state.get(parameter)) and state.get("momentum_buffer") is not None
         }
         teacher = {name: tensor.numpy().copy() for name, tensor in (self._teacher or {}).items()}
-        return SharedState(self.done, tensors.tensors, tensors.ordering, {"momentum": momentum, "teacher": teacher})
+        answers = {str(number): logits.numpy().copy() for number, logits in self._answers.items()}
+        moments = {"momentum": momentum, "teacher": teacher, "answers": answers}
+        return SharedState(self.done, tensors.tensors, tensors.ordering, moments)
 
     def restore(self, state: SharedState) -> None:
         """Go on from what `state` gave.
@@ -301,6 +311,8 @@ class CentralShrinking:
         teacher = state.moments.get("teacher", {})
         self._teacher = {name: torch.from_numpy(value.copy()) for name, value in teacher.items()} or None
         self._teacher_module = None
+        answers = state.moments.get("answers", {})
+        self._answers = {int(number): torch.from_numpy(value.copy()) for number, value in answers.items()}
         self.done = state.version
 
     def _check_momentum(self, momentum: Mapping[str, np.ndarray]) -> None:

@@ -77,7 +77,7 @@ class PhaseSampler:
         """
         if self.phase.candidates > 1 and score_of is None:
             raise ConfigError(f"shrinking phase {self.phase.name!r}: {self.phase.candidates} candidates need a score")
-        first = [self.largest] if self.phase.sandwich or self.phase.teacher == "in_place" else []
+        first = [self.largest] if self.phase.leads else []
         last = [self.smallest] if self.phase.sandwich else []
         members = [*first, *[lambda: self._draw_one(rng, score_of)] * self.phase.num_random, *last]
         if self.phase.turns:

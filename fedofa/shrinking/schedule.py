@@ -32,6 +32,9 @@ _STAGES = (
     ("width", ("width",), True, 4),
 )
 """Name, axes that become elastic, whether a short phase with one more value precedes the long one, subnets a step."""
+_ROUNDS_BETWEEN = 4
+"""Rounds of turns after which the next turn learns from images that the largest has answered: enough that the momentum
+of SGD, some ten steps, does not hold the same images twice."""
 _SHORT_RATE, _LONG_RATE = 0.1, 0.4
 """Learning rates of short and long phases as fractions of the first one's: what is trained already is only adapted."""
 
@@ -80,6 +83,8 @@ class ShrinkPhase:
         sandwich: whether the largest and the smallest train in every step.
         turns: whether only one of the step's subnets learns: the largest in the first step, then the drawn ones, the
             smallest, the largest again. The same compute then takes several times the steps, on other examples each.
+            With a teacher in place the turns after the largest's learn on examples that it has answered: see
+            `batch_of`.
         order_channels: whether channels are ordered by importance before the phase's first step; narrower subnets of
             earlier phases stay the networks they are.
         candidates: k; each drawn subnet is the best or worst of k that cost about the same. 1: it is drawn uniformly.
@@ -88,7 +93,8 @@ class ShrinkPhase:
             target is what a uniformly drawn subnet costs, so that every size is met as often as it occurs.
         macs_tolerance: how far from the target a candidate may be, as a fraction of it.
         teacher: "none"; "trained": the largest network as it was when the first such phase began; "in_place": the
-            phase's largest subnet in the same step, which itself learns from the labels.
+            phase's largest subnet in the same step, or in its latest turn on the same examples, which itself learns
+            from the labels.
         loss: distance to the teacher.
         label_weight, teacher_weight: of the two losses of a subnet that has a teacher.
         learning_rate: of the phase's first steps, as a multiple of the recipe's.
@@ -125,8 +131,6 @@ class ShrinkPhase:
         self._expect("warmup_fraction", 0 <= self.warmup_fraction < 1, "a number in [0, 1)")
         for name in ("label_weight", "teacher_weight"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        in_turns = "'none' or 'trained' with turns: the largest subnet is not there in every step"
-        self._expect("teacher", not (self.turns and self.teacher == "in_place"), in_turns)
         if self.teacher != "none" and self.label_weight + self.teacher_weight == 0:
             raise ConfigError(f"shrinking phase {self.name!r}: label_weight and teacher_weight are 0: nothing to learn")
 
@@ -134,6 +138,39 @@ class ShrinkPhase:
         if not holds:
             found = getattr(self, name)
             raise ConfigError(f"shrinking phase {self.name!r}, {name}: expected {wanted}, found {found!r}")
+
+    @property
+    def leads(self) -> bool:
+        """Whether the largest subnet is one of every step's, or of every round of turns."""
+        return self.sandwich or self.teacher == "in_place"
+
+    @property
+    def num_turns(self) -> int:
+        """Subnets of a step, or of a round of turns."""
+        return self.num_random + self.leads + self.sandwich
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether the largest subnet's logits in its turn teach later turns."""
+        return self.turns and self.teacher == "in_place"
+
+    @property
+    def num_kept(self) -> int:
+        """Batches whose answers later turns still need: the last turn learns from the oldest."""
+        return 1 + _ROUNDS_BETWEEN * (self.num_turns - 1)
+
+    def batch_of(self, step: int) -> int:
+        """The number, within the phase, of the batch of examples that one of its steps learns from.
+
+        Every step has its own, but for turns with a teacher in place: there the largest takes a new one in each round,
+        and the turn t places after it the one that the largest answered `_ROUNDS_BETWEEN` t rounds ago (in the phase's
+        first rounds this round's), so that no two turns near each other learn on the same examples.
+        """
+        if not self.keeps_answers:
+            return step
+        number, turn = divmod(step, self.num_turns)
+        earlier = number - _ROUNDS_BETWEEN * turn
+        return earlier if earlier >= 0 else number
 
     def rate(self, step: int) -> float:
         """The learning rate's multiple in one of the phase's steps, counted from 0."""
@@ -242,10 +279,33 @@ class ShrinkSchedule:
         return cls((_single_stage("sandwich", space, num_steps, num_random, loss),))
 
     @classmethod
-    def turns(cls, space: SearchSpace, num_steps: int, *, num_random: int = 3) -> ShrinkSchedule:
-        """A single stage without a teacher: the sandwich's subnets learn from the labels, one in each step."""
+    def turns(
+        cls,
+        space: SearchSpace,
+        num_steps: int,
+        *,
+        num_random: int = 3,
+        teacher_share: float = 0.0,
+        loss: TeacherLoss | None = None,
+    ) -> ShrinkSchedule:
+        """A single stage: the sandwich's subnets learn one in each step.
+
+        Args:
+            teacher_share: of the loss of all but the largest, what the distance to the largest's answers counts; the
+                labels have the rest. 0: no teacher.
+            loss: that distance.
+
+        Raises:
+            ConfigError: for a share outside [0, 1].
+        """
+        if not 0 <= teacher_share <= 1:
+            raise ConfigError(f"shrinking.teacher_share: expected a number in [0, 1], found {teacher_share!r}")
+        rule: dict[str, Any] = {"num_random": num_random, "sandwich": True, "turns": True}
+        if teacher_share:
+            rule |= {"teacher": "in_place", "loss": loss or TeacherLoss()}
+            rule |= {"teacher_weight": teacher_share, "label_weight": 1 - teacher_share}
         elastic = {axis.name: axis.values for axis in space.axes}
-        return cls((ShrinkPhase("turns", num_steps, elastic, num_random=num_random, sandwich=True, turns=True),))
+        return cls((ShrinkPhase("turns", num_steps, elastic, **rule),))
 
     @classmethod
     def attentive(

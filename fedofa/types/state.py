@@ -18,7 +18,7 @@ class SharedState:
         tensors: shared tensor name -> array: parameters, kernel matrices and batch-norm statistics.
         ordering: channel group name -> int64 permutation, most important channel first; a group left out is in order.
         moments: server optimiser moment ("momentum", "second", "steps") -> tensor name -> array; under "teacher" the
-            tensors of a shrinking schedule's trained teacher.
+            tensors of a shrinking schedule's trained teacher, under "answers" a teacher's logits by batch.
     """
 
     version: int

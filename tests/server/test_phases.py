@@ -204,6 +204,13 @@ def test_in_turns_a_round_has_one_subnet_and_everybody_trains_it_or_what_lies_wi
         assert not found.untaught
 
 
+def test_in_taught_turns_all_but_the_largest_get_a_teacher():
+    made = shrinking("bbbb", ShrinkSchedule.turns(SPACE, 8, num_random=2, teacher_share=0.5))
+    taught = [[item.teacher is not None for item in cohort_of(made, number).members] for number in range(1, 9)]
+    assert taught[0] == taught[4] == [False] * 4
+    assert taught[3] == taught[7] == [True] * 4
+
+
 def test_a_repeated_round_asks_others_for_the_same_subnets():
     made = shrinking("bbbbbb", ShrinkSchedule.sandwich(SPACE, 8))
     first = cohort_of(made, 2, size=3)

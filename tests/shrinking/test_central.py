@@ -28,6 +28,7 @@ SCHEDULES = {
     "progressive": ShrinkSchedule.progressive(SPACE, 10),
     "sandwich": ShrinkSchedule.sandwich(SPACE, 6),
     "turns": ShrinkSchedule.turns(SPACE, 6, num_random=1),
+    "taught turns": ShrinkSchedule.turns(SPACE, 36, num_random=1, teacher_share=0.5),
     "attentive": ShrinkSchedule.attentive(SPACE, 4, num_random=1, candidates=2, prefer="worst", loss=ALPHA),
 }
 
@@ -107,6 +108,41 @@ def test_in_turns_steps_train_one_subnet_each_by_the_count_of_their_phase():
     assert [len(step.losses) for step in steps] == [1] * 11
     trained = [next(iter(step.losses)) for step in steps[5:]]
     assert (trained[0], trained[2], trained[3]) == (SPACE.largest(), SPACE.smallest(), SPACE.largest())
+
+
+def test_in_taught_turns_a_subnet_learns_from_what_the_largest_answered_rounds_ago():
+    """Against the losses written down, with the largest's answers in its own turns."""
+    rule = {"sandwich": True, "turns": True, "teacher": "in_place", "label_weight": 0.25, "teacher_weight": 3.0}
+    schedule = one_phase(steps=40, num_random=1, **rule)
+    (item,) = schedule.phases
+    recipe = replace(TRAINING, max_shift=0)
+    shrinking = build(schedule, recipe)
+    answers: dict[int, torch.Tensor] = {}
+    for step in range(40):
+        batch, twin = item.batch_of(step), fresh_supernet().train()
+        twin.load_state(shrinking.supernet.state())
+        (subnet,), (loss,) = zip(*shrinking.advance().losses.items(), strict=True)
+        chosen = shrinking._batch(batch)
+        pixels, labels = prepare_inputs(IMAGES[chosen], [0.5], [0.25]), torch.from_numpy(LABELS[chosen])
+        logits = twin(resized(pixels, twin.resolution(subnet)), subnet).detach()
+        expected = functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        if step % 3:
+            expected = 0.25 * expected + 3.0 * soft_cross_entropy(logits, answers[batch])
+        else:
+            assert subnet == SPACE.largest()
+            answers[batch] = logits
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+    kept = {int(number): value for number, value in shrinking.state().moments["answers"].items()}
+    assert sorted(kept) == sorted(answers)[-item.num_kept :]
+
+
+def test_answers_end_with_their_phase():
+    (turns,) = SCHEDULES["taught turns"].phases
+    shrinking = build(ShrinkSchedule((replace(turns, steps=4), one_phase().phases[0])))
+    run(shrinking, 4)
+    assert len(shrinking.state().moments["answers"]) == 2
+    run(shrinking, 1)
+    assert not shrinking.state().moments["answers"]
 
 
 def test_channels_are_ordered_by_the_first_batches_before_the_first_step_and_never_again():

@@ -92,7 +92,7 @@ def test_the_rate_rises_linearly_then_falls_by_a_cosine():
     [
         ShrinkSchedule.progressive(PUBLISHED, 100, TeacherLoss("alpha_divergence", max_ratio=3.0)),
         ShrinkSchedule.sandwich(SPACE, 10, num_random=3),
-        ShrinkSchedule.turns(SPACE, 10),
+        ShrinkSchedule.turns(SPACE, 10, teacher_share=0.3, loss=TeacherLoss(temperature=2.0)),
         ShrinkSchedule.attentive(SPACE, 10, candidates=5, prefer="worst", macs_targets=[1e5, 2e5]),
     ],
 )
@@ -108,6 +108,33 @@ def test_the_single_stages():
     assert attentive == replace(sandwich, name="attentive", candidates=4)
     (turns,) = ShrinkSchedule.turns(SPACE, 10).phases
     assert turns == ShrinkPhase("turns", 10, sandwich.elastic, num_random=3, sandwich=True, turns=True)
+    (taught,) = ShrinkSchedule.turns(SPACE, 10, teacher_share=0.25).phases
+    assert taught == replace(turns, teacher="in_place", teacher_weight=0.25, label_weight=0.75)
+    with pytest.raises(ConfigError, match=r"shrinking.teacher_share: expected a number in \[0, 1\], found 1.5"):
+        ShrinkSchedule.turns(SPACE, 10, teacher_share=1.5)
+
+
+@pytest.mark.parametrize("sandwich", [True, False])
+def test_every_turn_learns_once_on_each_batch_that_the_largest_answered(sandwich):
+    item = phase(steps=400, num_random=2, turns=True, sandwich=sandwich, teacher="in_place")
+    num_turns = 4 if sandwich else 3
+    assert item.num_turns == num_turns
+    batches = [item.batch_of(step) for step in range(400)]
+    answered = batches[::num_turns]
+    assert answered == list(range(len(answered)))
+    kept = item.num_kept - 1
+    for turn in range(1, num_turns):
+        own = batches[turn::num_turns][kept:]
+        assert own == sorted(set(own)), "each once, in the order of the answers"
+        assert own[0] in answered
+    for step, batch in enumerate(batches[kept * num_turns :], kept * num_turns):
+        assert step // num_turns - kept <= batch <= step // num_turns
+        assert batch not in batches[step - 10 : step], "SGD's momentum does not meet the same examples twice"
+
+
+def test_without_answers_every_step_has_its_own_batch():
+    for item in (phase(turns=True, sandwich=True), phase(teacher="in_place"), phase(turns=True, teacher="trained")):
+        assert [item.batch_of(step) for step in range(10)] == list(range(10))
 
 
 @pytest.mark.parametrize(
@@ -118,11 +145,6 @@ def test_the_single_stages():
         ({"num_random": 0}, "phase 'a', num_random: expected at least 1, or 0 with sandwich, found 0"),
         ({"prefer": "median"}, "phase 'a', prefer: expected one of ['best', 'worst'], found 'median'"),
         ({"teacher": "mine"}, "phase 'a', teacher: expected one of ['none', 'trained', 'in_place'], found 'mine'"),
-        (
-            {"turns": True, "teacher": "in_place"},
-            "phase 'a', teacher: expected 'none' or 'trained' with turns: the largest subnet is not there in every "
-            "step, found 'in_place'",
-        ),
         ({"macs_targets": (-1.0,)}, "phase 'a', macs_targets: expected positive numbers, found (-1.0,)"),
         ({"warmup_fraction": 1.0}, "phase 'a', warmup_fraction: expected a number in [0, 1), found 1.0"),
         ({"teacher": "trained", "label_weight": 0, "teacher_weight": 0}, "nothing to learn"),
