@@ -96,6 +96,8 @@ def check_conf(composed: DictConfig, schema: type[C] = SimulateConf) -> C:
         if "data" in get_type_hints(schema):
             source = SOURCES.get(str(OmegaConf.select(composed, "data.name")), DataConf)
             checked.data = _merged(source, OmegaConf.select(composed, "data"), "data.", schema)
+        if "data" not in get_type_hints(schema) and OmegaConf.is_missing(supernet, "pretrained"):
+            supernet.pretrained = None  # a command without data builds the structure only
         missing = sorted(
             {*OmegaConf.missing_keys(checked), *(f"supernet.{k}" for k in OmegaConf.missing_keys(supernet))}
         )
@@ -140,7 +142,7 @@ def explain(error: Exception, prefix: str = "", schema: type = SimulateConf) -> 
         return reason
     unknown = "not in struct" in text or "not in '" in text  # Hydra's words, then OmegaConf's
     unknown = unknown or "is not in struct" in reason
-    hint = _closest(key, schema) if unknown else ""
+    hint = _closest(f"{prefix}{key}", schema) if unknown else ""
     return f"{prefix}{key}: {'unknown setting' if unknown else reason}{hint}"
 
 

@@ -250,13 +250,15 @@ def _unflatten(flat: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> C
 
 
 def _check_run(checkpoint: Checkpoint, run: Mapping[str, Any], path: Path) -> None:
+    then, now = ({key: repr(value) for key, value in settings.items()} for settings in (checkpoint.run, run))
     differing = [
-        f"{key}: {checkpoint.run.get(key)!r} then, {run.get(key)!r} now"
-        for key in sorted(checkpoint.run.keys() | run.keys())
-        if checkpoint.run.get(key) != run.get(key)
+        f"{key}: {then.get(key, 'no such setting')} then, {now.get(key, 'no such setting')} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
     ]
     if differing:
+        version = "" if then.keys() == now.keys() else " and the version of fedofa"
         raise CheckpointError(
             f"checkpoint {path} belongs to a run with other settings: {'; '.join(differing[:5])}. "
-            "Resume with the settings it was made with, or start anew in another output_dir"
+            f"Resume with the settings{version} it was made with, or start anew in another output_dir"
         )

@@ -43,10 +43,12 @@ from server.planning import PLANNERS, BudgetedPlans, Planner
 from server.progress import say
 from server.resources import available_cores
 from server.rounds import RoundLog
-from server.schedules import federated_schedule
+from server.schedules import check_read, federated_schedule
 from server.scoring import Scorer
 from server.settings import FederationSettings
+from server.starting import check_start
 from server.strategy import FedOFA
+from server.structure import PRETRAINED, describe_structure
 from server.tracking.backends import check_tracking
 from server.weights import normalisation_for
 from server.weights import start_from as start_from_weights
@@ -198,6 +200,7 @@ def _assigner(conf: SimulateConf, supernet: Supernet, fits: FitSearch) -> FleetA
 def _schedule(conf: SimulateConf, supernet: Supernet, data: FederatedData) -> ShrinkSchedule | None:
     """The shrinking schedule of a run, None without one."""
     if conf.shrinking.schedule == "none":
+        check_read(conf.shrinking)
         return None
     if not supernet.space.axes:
         raise ConfigError(
@@ -292,23 +295,33 @@ def flat_settings(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def describe_supernet(settings: Mapping[str, Any], images: ImageSet) -> dict[str, Any]:
-    """The supernet's settings with what the data fixes: channels, classes and, for a fixed network, the image size."""
+    """What `build_first` takes: the supernet's structure over the data's images, and its `pretrained` setting."""
     _, channels, height, width = images.images.shape
-    settings = {**settings, "num_classes": len(images.class_names)}
-    if settings["family"] == "fixed":
-        return {**settings, "input_shape": [channels, height, width]}
-    return {**settings, "in_channels": channels}
+    structure = describe_structure(settings, channels, len(images.class_names), (height, width))
+    return {**structure, PRETRAINED: settings.get(PRETRAINED)}
 
 
-def build_first(description: dict[str, Any], generator: torch.Generator) -> Supernet:
+def build_first(description: Mapping[str, Any], generator: torch.Generator) -> Supernet:
     """The supernet with its first weights: pretrained where the description says so, else drawn."""
-    pretrained = description.pop("pretrained", None)
+    pretrained = description.get(PRETRAINED)
+    settings = {name: value for name, value in description.items() if name != PRETRAINED}
     if not pretrained:
-        return build_supernet(description, generator)
-    structure = build_supernet(description)
+        return build_supernet(settings, generator)
+    _check_channels(settings)
+    structure = build_supernet(settings)
     if not isinstance(structure, ChainSupernet):
-        raise ConfigError(f"supernet.pretrained: expected the family 'chain', found {description['family']!r}")
+        raise ConfigError(f"supernet.pretrained: expected the family 'chain', found {settings['family']!r}")
     return start_from(structure.spec, pretrained, generator, say)
+
+
+def _check_channels(settings: Mapping[str, Any]) -> None:
+    """Refuse data of other channels than pretrained weights are normalised for."""
+    expected, found = len(settings.get("mean") or ()), settings.get("in_channels")
+    if expected not in (0, found):
+        raise ConfigError(
+            f"supernet.pretrained: the weights need images of {expected} channels, normalised by supernet.mean; found "
+            f"data of {found}. Choose data of {expected} channels (data=cifar10), or another supernet (supernet=small)"
+        )
 
 
 def _plans(
@@ -366,6 +379,8 @@ def _check(conf: SimulateConf) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise ConfigError(f"{name}: expected a positive number, found {value!r}")
+    start = {"resume": conf.resume, "at": conf.resume_round, "name": "resume_round"}
+    check_start(Path(conf.output_dir), conf.supernet_weights, **start)
     if not 0 <= conf.fleet.quorum_fraction <= 1:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if not conf.fleet.join_seconds >= 0:

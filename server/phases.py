@@ -72,25 +72,26 @@ class FederatedShrinking:
     planner: Planner
     loss_of: LossOf
     seed: int
-    fleets: list[FleetPlan] = field(init=False, default_factory=list)
+    fleets: list[list[FleetPlan]] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         check_channels(self.supernet, self.schedule)
         self.samplers = [PhaseSampler(self.supernet.space, phase, self._macs) for phase in self.schedule.phases]
 
     def plan(self, clients: Sequence[ClientInfo]) -> None:
-        """Find out who can train anything in each phase, before anything trains.
+        """Find out who can train anything in each phase (where images grow, at each side), before anything trains.
 
         Raises:
-            ConfigError: when there is a phase in which nobody can.
+            ConfigError: when there is one in which nobody can.
         """
-        self.fleets = []
-        for sampler in self.samplers:
-            fleet = self._fits(clients, sampler, sampler.largest())
-            if not fleet.assignments:
-                why = next(iter(fleet.sitting_out.values()), "nobody is there")
-                raise ConfigError(f"shrinking phase {sampler.phase.name!r}: no client can train any subnet: {why}")
-            self.fleets.append(fleet)
+        self.fleets = [[self._able(clients, stage) for stage in sampler.stages] for sampler in self.samplers]
+
+    def _able(self, clients: Sequence[ClientInfo], sampler: PhaseSampler) -> FleetPlan:
+        fleet = self._fits(clients, sampler, sampler.largest())
+        if not fleet.assignments:
+            why = next(iter(fleet.sitting_out.values()), "nobody is there")
+            raise ConfigError(f"shrinking phase {sampler.phase.name!r}: no client can train any subnet: {why}")
+        return fleet
 
     def phase_of(self, server_round: int) -> ShrinkPhase:
         """The phase of a round, which counts from 1."""
@@ -135,9 +136,10 @@ class FederatedShrinking:
             failed: clients that a repeated round does not ask again, where there are others.
             rng: draws the clients; the subnets of a round are the same in every attempt at it.
         """
-        index, _ = self.schedule.phase_at(server_round - 1)
-        sampler = self.samplers[index]
-        drawn = draw_cohort(self.fleets[index].without(failed), clients_per_round, None, rng)
+        index, within = self.schedule.phase_at(server_round - 1)
+        stage = self.samplers[index].stage_at(within)
+        sampler = self.samplers[index].stages[stage]
+        drawn = draw_cohort(self.fleets[index][stage].without(failed), clients_per_round, None, rng)
         able = sorted(drawn, key=lambda item: (-capacity(item.fit.cost), item.client.client_id))
         subnets = self.subnets(server_round, state)
         shares = deal(len(able), len(subnets))
@@ -156,7 +158,9 @@ class FederatedShrinking:
         """The subnets drawn for a round, those of most MACs first."""
         index, within = self.schedule.phase_at(server_round - 1)
         rng = np.random.default_rng([self.seed, _SUBNETS_STREAM, server_round])
-        drawn = self.samplers[index].draw(rng, cache(lambda subnet: -self.loss_of(state, subnet)), step=within)
+        score_of = cache(lambda subnet: -self.loss_of(state, subnet))
+        sampler = self.samplers[index]
+        drawn = sampler.stages[sampler.stage_at(within)].draw(rng, score_of, step=within)
         return sorted(drawn, key=lambda subnet: (-self._macs(subnet), subnet.choices))
 
     def _fits(self, clients: Sequence[ClientInfo], sampler: PhaseSampler, subnet: SubnetConfig) -> FleetPlan:
@@ -190,10 +194,11 @@ class FederatedShrinking:
     def _teachers(self, sampler: PhaseSampler, macs: int) -> Iterator[SubnetConfig]:
         """The subnets that may teach one of so many MACs, the most capable first.
 
-        A trained teacher is the largest, since no smaller one was trained; in place it is any of one value an axis.
+        A trained teacher is the space's largest, since no smaller one was trained; in place it is any of one value an
+        axis.
         """
         if sampler.phase.teacher == "trained":
-            yield sampler.largest()
+            yield self.supernet.space.largest()
             return
         for teacher in self._uniform(sampler):
             if self._macs(teacher) > macs:

@@ -19,6 +19,7 @@ from fedofa.types.errors import DatasetError, FedofaError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from server.checkpoint import replace_file
 from server.pairs import FILE as PAIRS
+from server.structure import describe_structure
 
 _SUMMARY = "summary.json"
 
@@ -29,8 +30,8 @@ def run_predictor(conf: PredictorConf) -> HeldOut:
     Raises:
         FedofaError: saying in one line which pair or setting is wrong.
     """
-    settings = {**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes}
-    encoding = Encoding(build_supernet(settings).space)
+    structure = describe_structure(conf.supernet, conf.in_channels, conf.num_classes)
+    encoding = Encoding(build_supernet(structure).space)
     subnets, accuracies = [], []
     for subnet, accuracy in read_pairs(Path(conf.pairs), encoding):
         subnets.append(subnet)

@@ -27,6 +27,7 @@ from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
 from server.forward_memory import forward_bytes
 from server.progress import CountProgress
+from server.structure import describe_structure
 
 _PARAMETER_BYTES, _MEMORY_SHARE = 12, 4
 """Memory that an engine takes a parameter of what it has prepared, and the share of the free memory (1 / 4) for it."""
@@ -126,7 +127,7 @@ def _build_run(conf: ProfileConf) -> Profiling:
     _check(conf)
     engine = build_engine(conf.engine, conf.threads)
     timing = Timing(**{item.name: getattr(conf, item.name) for item in fields(Timing)})
-    supernet = build_supernet(_supernet(conf))
+    supernet = build_supernet(_structure(conf))
     identity = {
         "supernet": json.loads(json.dumps(supernet.description())),
         "engine": engine.name,
@@ -139,9 +140,9 @@ def _build_run(conf: ProfileConf) -> Profiling:
     return Profiling(conf, OperatorIndex.of(supernet), engine, timing, journal)
 
 
-def _supernet(conf: ProfileConf) -> dict[str, Any]:
-    """The supernet's settings."""
-    return {**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes}
+def _structure(conf: ProfileConf) -> dict[str, Any]:
+    """The supernet's description."""
+    return describe_structure(conf.supernet, conf.in_channels, conf.num_classes)
 
 
 def _check(conf: ProfileConf) -> None:
@@ -191,7 +192,7 @@ def _memory_fit(run: Profiling, validation: SubnetBatch) -> dict[str, float]:
     space, encoding = run.index.encoding.space, run.index.encoding
     drawn = [encoding.subnet(row) for row in validation.rows[:_MEMORY_SUBNETS]]
     subnets = [space.smallest(), space.largest(), *drawn]
-    measured = np.array([forward_bytes(_supernet(run.conf), subnet) for subnet in subnets]) / MEGABYTE
+    measured = np.array([forward_bytes(_structure(run.conf), subnet) for subnet in subnets]) / MEGABYTE
     ratios = InferenceMemory(run.index).predict(run.index.batch(subnets)) / measured
     return {
         "memory_subnets": len(subnets),

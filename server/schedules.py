@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from conf.schema import ScheduleConf
 from fedofa.shrinking.schedule import ShrinkSchedule, TeacherLoss
@@ -12,14 +14,52 @@ from fedofa.types.space import SearchSpace
 SCHEDULES = ("progressive", "sandwich", "turns", "attentive", "phases")
 
 
-def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> ShrinkSchedule:
+_READ_BY: dict[str, tuple[Any, Sequence[str]]] = {
+    "candidates": (1, ("attentive",)),
+    "macs_targets": ([], ("attentive",)),
+    "teacher_share": (0.0, ("turns",)),
+    "growing_images": (False, ("sandwich", "turns", "attentive")),
+    "phases": ([], ("phases",)),
+}
+"""Setting -> the value that says nothing, and the schedules that read it."""
+
+
+def check_read(conf: ScheduleConf) -> None:
+    """Refuse a setting that the schedule would not read.
+
+    Raises:
+        ConfigError: naming it and the schedules that do.
+    """
+    for name, (neutral, schedules) in _READ_BY.items():
+        found = getattr(conf, name)
+        if found != neutral and conf.schedule not in schedules:
+            also = "" if name == "phases" else "; a phase of shrinking.phases has such a setting of its own"
+            raise ConfigError(
+                f"shrinking.{name}: only shrinking.schedule={'|'.join(schedules)} reads it, found {found!r} with "
+                f"{conf.schedule!r}; leave it out, or choose such a schedule{also}"
+            )
+
+
+def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int | None) -> ShrinkSchedule:
     """The schedule that the settings name, `steps` long where it is not a list of phases.
 
     Raises:
-        ConfigError: for an unknown one, or settings out of range.
+        ConfigError: for an unknown one, or settings out of range or of another schedule.
     """
     if conf.schedule not in SCHEDULES:
         raise ConfigError(f"shrinking.schedule: expected one of {list(SCHEDULES)}, found {conf.schedule!r}")
+    check_read(conf)
+    if conf.schedule == "phases":
+        return ShrinkSchedule.from_json({"phases": conf.phases})
+    if steps is None:
+        raise ConfigError(f"shrinking.steps: expected a whole number with {conf.schedule!r}, found null")
+    schedule = _named_schedule(conf, space, steps)
+    if conf.growing_images:
+        return ShrinkSchedule(tuple(replace(phase, growing_images=True) for phase in schedule.phases))
+    return schedule
+
+
+def _named_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> ShrinkSchedule:
     loss = TeacherLoss(**{item.name: getattr(conf.teacher_loss, item.name) for item in fields(TeacherLoss)})
     match conf.schedule:
         case "progressive":
@@ -29,7 +69,7 @@ def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> Shrink
         case "turns":
             share = conf.teacher_share
             return ShrinkSchedule.turns(space, steps, num_random=conf.num_random, teacher_share=share, loss=loss)
-        case "attentive":
+        case _:
             return ShrinkSchedule.attentive(
                 space,
                 steps,
@@ -39,8 +79,6 @@ def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> Shrink
                 macs_targets=conf.macs_targets,
                 loss=loss,
             )
-        case _:
-            return ShrinkSchedule.from_json({"phases": conf.phases})
 
 
 def federated_schedule(conf: ScheduleConf, space: SearchSpace, rounds: int) -> ShrinkSchedule:

@@ -13,6 +13,7 @@ from fedofa.evaluation.calibration import CALIBRATION_BATCH, apply_sums, calibra
 from fedofa.evaluation.metrics import Score, evaluate
 from fedofa.finetune.inputs import Pixels, stored_inputs
 from fedofa.finetune.probing import measure_contributions
+from fedofa.finetune.recipe import batch_bounds
 from fedofa.finetune.sparse import Contributions
 from fedofa.supernet.base import Supernet
 from fedofa.types.errors import ConfigError
@@ -55,11 +56,11 @@ class Scorer:
         statistics = [item for item in supernet.slice_map(supernet.space.largest()) if item.role == "statistic"]
         self.calibrates = bool(statistics) and by != "none"
         self.by_clients = self.calibrates and by == "clients"
-        if self.calibrates and not self.by_clients and not len(calibration.labels):
+        if self.calibrates and not self.by_clients and len(calibration.labels) < 2:
             raise ConfigError(
-                "data.calibration_examples: expected at least 1 for a supernet with batch norm, found 0; a subnet's "
-                "statistics must be calibrated before it is evaluated (about 500 to 2,000 examples), here or on the "
-                "clients (evaluation.calibration=clients)"
+                "data.calibration_examples: expected at least 2 for a supernet with batch norm, found "
+                f"{len(calibration.labels)}; a subnet's statistics must be calibrated before it is evaluated (about "
+                "500 to 2,000 examples), here or on the clients (evaluation.calibration=clients)"
             )
 
     def score(
@@ -92,8 +93,14 @@ class Scorer:
         if self.by_clients:
             apply_sums(module, (sums or {})[subnet])
         elif self.calibrates:
-            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
+            self._calibrate(module, subnet)
         return module
+
+    def _calibrate(self, module: nn.Module, subnet: SubnetConfig) -> None:
+        """With the examples that the server holds."""
+        inputs = self._inputs(self.calibration, subnet)
+        bounds = batch_bounds(len(self.calibration.labels), CALIBRATION_BATCH)
+        calibrate(module, (inputs[start:end] for start, end in bounds))
 
     def _cut(self, state: SharedState, subnet: SubnetConfig) -> nn.Module:
         return self.supernet.build(subnet, state.tensors)
@@ -109,7 +116,7 @@ class Scorer:
         """Mean cross-entropy of the subnet on the server's calibration examples, calibrated with them."""
         module = self._cut(state, subnet)
         if self.calibrates:
-            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
+            self._calibrate(module, subnet)
         return evaluate(module, self._inputs(self.calibration, subnet), torch.from_numpy(self.calibration.labels)).loss
 
     def contributions(self, state: SharedState) -> Contributions:
@@ -126,7 +133,7 @@ class Scorer:
         subnet = self.supernet.space.largest()
         module = self._cut(state, subnet)
         if self.calibrates:
-            calibrate(module, self._inputs(self.calibration, subnet).split(CALIBRATION_BATCH))
+            self._calibrate(module, subnet)
         some = slice(None, None, -(-len(self.calibration.labels) // _PROBE_EXAMPLES))
         examples = Examples(self.calibration.images[some], self.calibration.labels[some])
         inputs, labels = self._inputs(examples, subnet)[:], torch.from_numpy(examples.labels)

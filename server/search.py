@@ -34,9 +34,10 @@ from fedofa.search.accuracy import AccuracyPredictor, ZeroCostProxy, load_predic
 from fedofa.search.limits import Limit, Limits
 from fedofa.search.specialise import DeviceSearch, Found, describe
 from fedofa.supernet.families import build_supernet
-from fedofa.types.errors import ConfigError
+from fedofa.types.errors import ConfigError, ProfileError
 from server.checkpoint import replace_file
 from server.progress import say
+from server.structure import describe_structure
 
 SETTINGS = (
     "latency_ms",
@@ -68,8 +69,8 @@ def run_search(conf: SearchConf) -> SearchResult:
     Raises:
         FedofaError: saying in one line what is wrong; an `InfeasibilityError` where no subnet meets the limits.
     """
-    settings = {**conf.supernet, "in_channels": conf.in_channels, "num_classes": conf.num_classes}
-    index = OperatorIndex.of(build_supernet(settings))
+    structure = describe_structure(conf.supernet, conf.in_channels, conf.num_classes)
+    index = OperatorIndex.of(build_supernet(structure))
     models = build_models(conf, index)
     limits = build_limits(conf, models)
     predictor: AccuracyPredictor = ZeroCostProxy(index)
@@ -166,6 +167,11 @@ def _load_table(conf: SearchConf, index: OperatorIndex) -> LatencyTable:
     path = Path(conf.device)
     if path.is_dir() or path.suffix in (".yaml", ".yml"):
         paths = sorted(path.glob("*.y*ml")) if path.is_dir() else [path]
+        if not paths:
+            raise ProfileError(
+                f"device: {path}: a folder is taken for one of Once-for-All's published tables: expected YAML files in "
+                "it, found none; give a profile or a table by its file"
+            )
         return load_ofa_table(paths, index, path.stem)
     content = read_json(path)
     if isinstance(content, dict) and content.get("format") == TABLE_FORMAT:

@@ -31,6 +31,7 @@ from server.resources import Stopwatch
 from server.rounds import RoundLog
 from server.schedules import build_schedule
 from server.scoring import Scorer
+from server.starting import check_start
 from server.weights import normalisation_for, start_from, write_supernet
 
 _WATCHED, _CALIBRATION = 11, 12
@@ -81,10 +82,10 @@ def run_shrinking(conf: ShrinkConf) -> None:
     output_dir = Path(conf.output_dir).resolve()
     run = build_run(conf, output_dir)
     with exclusive(output_dir):
-        if not conf.resume:
-            set_aside(output_dir)
         watched = _watched(run.supernet.space, conf)
         before = run.scorer.score(run.supernet.state(), watched)
+        if not conf.resume:
+            set_aside(output_dir)
         totals = _restore(run) if conf.resume else Totals()
         totals = _train(run, totals)
         _write_outputs(run, watched, before, totals, output_dir)
@@ -98,7 +99,7 @@ def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     data = _load_data(conf)
     images, train = data.image_set, data.client(0).train
     supernet = build_first(describe_supernet(conf.supernet, images), torch.Generator().manual_seed(conf.seed))
-    schedule = build_schedule(conf.shrinking, supernet.space, conf.shrinking.steps or 0)
+    schedule = build_schedule(conf.shrinking, supernet.space, conf.shrinking.steps)
     if conf.supernet_weights:
         say(start_from(supernet, Path(conf.supernet_weights), torch.Generator().manual_seed(conf.seed)))
     normalisation = normalisation_for(supernet, images)
@@ -237,3 +238,5 @@ def _check(conf: ShrinkConf) -> None:
     for name, minimum in least.items():
         if getattr(conf, name) < minimum:
             raise ConfigError(f"{name}: expected at least {minimum}, found {getattr(conf, name)!r}")
+    start = {"resume": conf.resume, "at": conf.resume_step, "name": "resume_step"}
+    check_start(Path(conf.output_dir), conf.supernet_weights, **start)

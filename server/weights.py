@@ -20,12 +20,14 @@ from fedofa.data.sources import ImageSet
 from fedofa.supernet.base import Supernet
 from fedofa.supernet.network import is_lite
 from fedofa.supernet.published import start_from_published
-from fedofa.types.errors import CheckpointError, MisfitError
+from fedofa.supernet.weights_file import is_normalisation, listed, value_problem
+from fedofa.types.errors import CheckpointError, MisfitError, SpaceError
 from fedofa.types.state import SharedState
 from server.checkpoint import replace_file
 
 _TENSORS, _DESCRIPTION = "supernet.safetensors", "supernet.json"
 _ORDERING = "ordering/"
+_SHOWN = 20
 _MAY_DIFFER = ("dropout", "lite_residual")
 """Settings of a supernet that change none of the weights that both have."""
 
@@ -110,6 +112,11 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
             f"supernet_weights: {folder} cannot be read: {error!r}; expected a run's folder with {_TENSORS} and "
             f"{_DESCRIPTION}, or a published checkpoint file"
         ) from error
+    if not isinstance(description, dict):
+        raise CheckpointError(
+            f'supernet_weights: {folder / _DESCRIPTION}: expected an object under "supernet", found '
+            f"{description!r:.80}; use the file that the run left"
+        )
     _check_description(folder, description, supernet.description())
     if normalisation:
         _check_normalisation(folder, normalisation)
@@ -117,21 +124,26 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
     tensors = {name: item for name, item in arrays.items() if not name.startswith(_ORDERING)}
     if not any(map(is_lite, tensors)):  # branches that are added now begin as this run draws them
         tensors |= {name: item for name, item in supernet.state().tensors.items() if is_lite(name)}
+    _check_values(folder / _TENSORS, supernet, tensors)
     try:
         supernet.load_state(SharedState(0, tensors, ordering))
-    except CheckpointError as error:
+    except (CheckpointError, SpaceError) as error:
         raise CheckpointError(f"supernet_weights: {folder / _TENSORS}: {error}") from error
     if normalisation:
         supernet.normalisation = normalisation
 
 
+def _check_values(path: Path, supernet: Supernet, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse values that cannot be weights, but for the integers that a wrapped module counts with."""
+    expected = supernet.shared()
+    weights = [name for name in sorted(arrays) if name not in expected or expected[name].is_floating_point()]
+    found = [f"{name}: {why}" for name in weights if (why := value_problem(name, torch.from_numpy(arrays[name])))]
+    if found:
+        raise MisfitError(f"supernet_weights: {path}: {len(found)} problems: {listed(found, _SHOWN)}", found)
+
+
 def _check_normalisation(folder: Path, found: Any) -> None:
-    try:
-        mean, std = np.array(found["mean"], float), np.array(found["std"], float)
-        usable = mean.ndim == 1 and mean.shape == std.shape and np.isfinite([mean, std]).all() and (std > 0).all()
-    except (KeyError, TypeError, ValueError):
-        usable = False
-    if not usable:
+    if not is_normalisation(found):
         raise CheckpointError(
             f'supernet_weights: {folder / _DESCRIPTION}: normalisation: expected "mean" and "std", as many finite '
             f"numbers each and those of std positive, found {found!r}; correct it, or remove it to use the data's own"

@@ -34,10 +34,12 @@ def load_ofa_table(paths: Iterable[Path], index: OperatorIndex, engine: str) -> 
         engine: what ran it, for people.
 
     Raises:
-        ProfileError: when a file is damaged, or has no operator of the space.
+        ProfileError: when there is no file, or one is damaged, or none has an operator of the space.
     """
     entries: dict[str, Any] = {}
     names = [str(path) for path in paths]
+    if not names:
+        raise ProfileError("published latency tables: expected at least one file, found none")
     for name in names:
         entries |= _read(Path(name))
     times = {}

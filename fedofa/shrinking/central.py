@@ -162,11 +162,12 @@ class CentralShrinking:
         self._optimiser.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self._seed_of(_IMAGES, self.done))
-            losses = self._accumulate(phase, self._samplers[index], within)
+            sampler = self._samplers[index]
+            losses = self._accumulate(phase, sampler.stages[sampler.stage_at(within)], within)
         if not all(map(math.isfinite, losses.values())):
             raise DivergenceError(
-                f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; go on from the last "
-                "checkpoint with a lower shrinking.learning_rate"
+                f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; start again with a "
+                "lower shrinking.learning_rate, or a shrinking.max_gradient_norm"
             )
         if self.training.max_gradient_norm:
             nn.utils.clip_grad_norm_(self._parameters.values(), self.training.max_gradient_norm)
@@ -215,6 +216,7 @@ class CentralShrinking:
     def _order_channels(self, index: int) -> None:
         """By importance, measured on the first batches or of the weights alone; earlier phases' subnets stay."""
         supernet = with_channels(self.supernet, f"shrinking phase {self.schedule.phases[index].name!r}")
+        self._teacher_module = None  # it is built in the order of channels, as a run that goes on here builds it
         earlier = self.schedule.phases[:index]
         if not self.training.order_batches:
             supernet.set_ordering(sorted_channels(supernet, earlier, supernet.state()))

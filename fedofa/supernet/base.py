@@ -323,12 +323,27 @@ class Supernet(nn.Module, ABC):
         return SharedState(0, tensors, dict(self.ordering))
 
     @final
+    def require_weights(self) -> None:
+        """Refuse a supernet that is structure only.
+
+        Raises:
+            CheckpointError: saying how to build it with weights.
+        """
+        if any(tensor.is_meta for tensor in self.shared().values()):
+            raise CheckpointError(
+                f"this supernet ({self.space.family}) is structure only, without weights; build it with a generator, "
+                "build_supernet(description, torch.Generator())"
+            )
+
+    @final
     def load_state(self, state: SharedState) -> None:
         """Take over the tensors and the ordering of a state of the same space.
 
         Raises:
-            CheckpointError: counting tensors that are missing, unknown or of another shape, with the first few shapes.
+            CheckpointError: counting tensors that are missing, unknown or of another shape, with the first few shapes;
+                or where this supernet is structure only.
         """
+        self.require_weights()
         shared = self.shared()
         expected = {name: tuple(tensor.shape) for name, tensor in shared.items()}
         found = {name: array.shape for name, array in state.tensors.items()}

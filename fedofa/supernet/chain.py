@@ -14,8 +14,7 @@ from typing import ClassVar, final
 
 import torch
 
-from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, check_sizes
-from fedofa.supernet.mbconv import check_kernels
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.network import (
     ACTIVATIONS,
     PADDINGS,
@@ -28,6 +27,7 @@ from fedofa.supernet.network import (
     PoolSpec,
     make_divisible,
 )
+from fedofa.supernet.sizes import check_numbers, check_sizes
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import Axis, Control, SearchSpace, SubnetConfig
 from fedofa.types.spaces import RESOLUTIONS
@@ -59,10 +59,7 @@ class BlockSize:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"supernet.blocks: expected a kind of {list(KINDS)}, found {self.kind!r}")
-        for name in ("width", "expand", "stride"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"supernet.blocks: expected a positive {name}, found {getattr(self, name)!r}")
-        check_kernels((self.kernel,))
+        check_numbers(self, "supernet.blocks: ")
 
 
 @final
@@ -115,21 +112,17 @@ class ChainSpec(ElasticSpec):
     nested: ClassVar[Mapping[str, type]] = {"blocks": BlockSize}
 
     def __post_init__(self) -> None:
-        listed = {name: getattr(self, name) for name in ("blocks", "kernels", "fractions", "resolutions")}
-        check_sizes(self.norm, listed, (self.stem_width, *(block.width for block in self.blocks), self.feature_width))
-        check_kernels((*self.kernels, self.stem_kernel))
+        check_sizes(self, ("stem_width", "blocks", "feature_width"), least={"feature_width": 0})
         for name, known in (("activation", ACTIVATIONS), ("padding", PADDINGS)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"supernet.{name}: expected one of {list(known)}, found {getattr(self, name)!r}")
         if not (all(0 < item <= 1 for item in self.fractions) and self.fractions[-1] == 1):
             raise ConfigError(f"supernet.fractions: expected numbers in (0, 1], 1 last, found {list(self.fractions)}")
-        if self.min_depth < 1:
-            raise ConfigError(f"supernet.min_depth: expected at least 1, found {self.min_depth}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, self.in_channels) or len(self.mean) != len(self.std):
                 raise ConfigError(
                     f"supernet.{name}: expected one value for each of {self.in_channels} channels, in both mean and "
-                    f"std or in neither, found {list(getattr(self, name))}"
+                    f"std or in neither for the data's own, found {list(getattr(self, name))}"
                 )
         _check_inner_widths(self)
 

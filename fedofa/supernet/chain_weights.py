@@ -10,11 +10,10 @@ from torch import Tensor
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.importance import channel_ordering
 from fedofa.supernet.layouts import LAYOUTS
-from fedofa.supernet.network import is_lite
+from fedofa.supernet.network import CLASSIFIER, is_lite
 from fedofa.supernet.weights_file import listed, value_problem
 from fedofa.types.errors import MisfitError
 
-CLASSIFIER = "classifier."
 _COUNTER = ".num_batches_tracked"
 _SHOWN = 20
 
@@ -30,7 +29,9 @@ def load_weights(
 
     Raises:
         MisfitError: listing every entry that is missing, unknown, misshapen or damaged; then nothing was copied.
+        CheckpointError: when the supernet is structure only.
     """
+    supernet.require_weights()
     largest = supernet.network_spec(supernet.space.largest())
     shared = supernet.shared()
     table = closest_keys(supernet, weights) if keys is None else dict(keys)
@@ -75,16 +76,16 @@ def _problems(
         if name.endswith(".norm.running_var"):
             known.add(f"{key.rpartition('.')[0]}{_COUNTER}")
         if key in weights:
-            wrong += [f"{key}: {why}" for why in (_entry_problem(weights[key], expected),) if why]
+            wrong += [f"{key}: {why}" for why in (_entry_problem(name, weights[key], expected),) if why]
         elif head or classes or not name.startswith(CLASSIFIER):
             missing.append(f"missing {key or f'a key for {name}'}")
     unknown = [f"unknown {key}" for key in sorted(weights) if key not in known]
     return sorted(missing) + unknown + sorted(wrong)
 
 
-def _entry_problem(value: Tensor, expected: tuple[int, ...]) -> str | None:
+def _entry_problem(name: str, value: Tensor, expected: tuple[int, ...]) -> str | None:
     found = tuple(value.shape)
-    return value_problem(value) if found == expected else f"expected shape {expected}, found {found}"
+    return value_problem(name, value) if found == expected else f"expected shape {expected}, found {found}"
 
 
 def _expected_shapes(shared: Mapping[str, Tensor], classes: int | None) -> dict[str, tuple[int, ...]]:

@@ -19,8 +19,8 @@ from fedofa.supernet.base import Supernet, refuse_tensors
 from fedofa.supernet.costs import BlockCost, block_costs
 from fedofa.supernet.layers import Filling, Network
 from fedofa.supernet.network import (
+    CLASSIFIER,
     GROUP_NORM_CHANNELS,
-    NORMS,
     MBConvSpec,
     NetworkSpec,
     ParameterSpec,
@@ -111,25 +111,26 @@ def _built(kind: type | None, item: Any) -> Any:
     return kind(**item) if kind is not None and isinstance(item, Mapping) else item
 
 
-def check_sizes(norm: str, listed: Mapping[str, Sequence[float]], widths: Sequence[int]) -> None:
-    """Refuse sizes that make no network.
+def differences(here: ElasticSpec, there: ElasticSpec, names: Sequence[str]) -> list[str]:
+    """Those of the named settings of two specs of a family that differ, in words; blocks and stages by number."""
+    ours, theirs = _flat(here, names), _flat(there, names)
+    return [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    ]
 
-    Args:
-        norm: the kind of norm.
-        listed: settings that need at least one value.
-        widths: channel counts, which must be multiples of 8.
 
-    Raises:
-        ConfigError: naming the setting.
-    """
-    if norm not in NORMS:
-        raise ConfigError(f"supernet.norm: expected one of {list(NORMS)}, found {norm!r}")
-    for name, values in listed.items():
-        if not values:
-            raise ConfigError(f"supernet.{name}: expected at least one value, found none")
-    uneven = [width for width in widths if width % GROUP_NORM_CHANNELS]
-    if uneven:
-        raise ConfigError(f"supernet widths must be multiples of {GROUP_NORM_CHANNELS}, found {uneven}")
+def _flat(spec: ElasticSpec, names: Sequence[str]) -> dict[str, Any]:
+    values, flat = spec.to_json(), {}
+    for name in names:
+        rows = values[name] if name in spec.nested and isinstance(values[name], list) else None
+        if rows is None:
+            flat[name] = values[name]
+            continue
+        flat[f"number of {name}"] = len(rows)
+        flat |= {f"{name}[{n}].{key}": size for n, row in enumerate(rows) for key, size in row.items()}
+    return flat
 
 
 class ElasticSupernet(Supernet, ABC):
@@ -233,6 +234,16 @@ def start_lite_residuals(network: nn.Module, generator: torch.Generator) -> None
                 _draw(name, parameter, generator)
                 if name.endswith(".lite.project.norm.weight"):
                     parameter.zero_()
+
+
+def start_classifier(network: nn.Module, generator: torch.Generator | None) -> None:
+    """Draw a fresh classifier as all else is drawn; without a generator it is zero."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.startswith(CLASSIFIER) and generator is not None:
+                _draw(name, parameter, generator)
+            elif name.startswith(CLASSIFIER):
+                parameter.zero_()
 
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -17,6 +17,7 @@ from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet
 from fedofa.supernet.proxyless import ProxylessSpec, ProxylessSupernet
 from fedofa.supernet.resnet import ResNetSpec, ResNetSupernet
+from fedofa.supernet.sizes import check_whole
 from fedofa.types.errors import ConfigError, FedofaError
 
 
@@ -57,13 +58,13 @@ def build_supernet(description: Mapping[str, Any], generator: torch.Generator | 
         generator: draws initial weights; None gives the structure only, on the meta device.
 
     Raises:
-        ConfigError: for an unknown family, module or setting.
+        ConfigError: for an unknown family, module or setting, or sizes that make no network.
     """
     try:
         return _build(dict(description), generator)
     except FedofaError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"supernet: the settings are not understood: {type(error).__name__}: {error}") from error
 
 
@@ -81,6 +82,8 @@ def _build(settings: dict[str, Any], generator: torch.Generator | None) -> Super
     if height != width:
         raise ConfigError(f"supernet.input_shape: expected square images, found {height} x {width}")
     num_classes = settings.pop("num_classes")
+    check_whole("supernet.input_shape", (channels, height), 1)
+    check_whole("supernet.num_classes", num_classes, 1)
     if settings:
         raise ConfigError(f"supernet of family {fixed.FAMILY!r}: unknown settings {sorted(settings)}")
     return _build_fixed(module, channels, num_classes, height, generator)

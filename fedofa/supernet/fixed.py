@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedofa.supernet.base import Supernet, fill_skeleton
 from fedofa.supernet.costs import BlockCost
 from fedofa.supernet.network import ParameterSpec
+from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
 
 FAMILY = "fixed"
+_SHOWN = 5
 
 
 @final
@@ -28,9 +30,13 @@ class FixedSupernet(Supernet):
         input_shape: `(channels, height, width)` of one example, for the costs.
         origin: a JSON object that tells `families.build_supernet` how to make the module again on another machine;
             without one the supernet serves in one process only.
+
+    Raises:
+        ConfigError: for a module that has one tensor under two names.
     """
 
     def __init__(self, module: nn.Module, input_shape: Sequence[int], origin: Mapping[str, Any] | None = None) -> None:
+        _refuse_tied(module)
         super().__init__(SearchSpace(FAMILY, ()), module)
         self._input_shape = tuple(input_shape)
         self._origin = dict(origin or {})
@@ -129,6 +135,24 @@ class _Trace:
 def _storage(tensor: Tensor) -> int:
     """Identity of a tensor's memory, which views share; meta tensors have no address."""
     return tensor.untyped_storage()._cdata
+
+
+def _refuse_tied(module: nn.Module) -> None:
+    """Refuse tensors that several submodules have: they would part as soon as a subnet is built.
+
+    A submodule that several others have is one, and serves.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, child in module.named_modules():
+        for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+    tied = [" = ".join(same) for same in names.values() if len(same) > 1]
+    if tied:
+        raise ConfigError(
+            f"FixedSupernet: expected every tensor under one name, found tied ones: {'; '.join(tied[:_SHOWN])}; let "
+            "the submodules share the submodule that has the tensor, or give each a tensor of its own"
+        )
 
 
 def _parameter_table(module: nn.Module) -> list[ParameterSpec]:

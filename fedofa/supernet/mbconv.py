@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedofa.supernet.network import ACTIVATIONS, MBConvSpec, make_divisible
+from fedofa.supernet.sizes import check_numbers
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import SearchSpace, SubnetConfig
 
@@ -22,6 +23,7 @@ class StageSpec:
     squeeze_excite: bool
 
     def __post_init__(self) -> None:
+        check_numbers(self, "supernet.stages: ")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(
                 f"supernet.stages: expected an activation of {list(ACTIVATIONS)}, found {self.activation!r}"
@@ -30,13 +32,6 @@ class StageSpec:
     def scaled(self, width: float) -> StageSpec:
         """The stage with its output width multiplied."""
         return StageSpec(make_divisible(self.width * width), self.stride, self.activation, self.squeeze_excite)
-
-
-def check_kernels(kernels: Sequence[int]) -> None:
-    """Refuse even kernel sizes with a `ConfigError`."""
-    even = [k for k in kernels if k % 2 == 0]
-    if even:
-        raise ConfigError(f"supernet.kernels: kernel sizes must be odd, found {even}")
 
 
 def static_block(in_channels: int, out_channels: int, stride: int, activation: str) -> MBConvSpec:

@@ -8,9 +8,10 @@ from typing import ClassVar, final
 
 import torch
 
-from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, check_sizes
-from fedofa.supernet.mbconv import StageSpec, check_kernels, elastic_blocks, static_block
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
+from fedofa.supernet.mbconv import StageSpec, elastic_blocks, static_block
 from fedofa.supernet.network import ConvSpec, NetworkSpec, PoolSpec, make_divisible
+from fedofa.supernet.sizes import check_sizes
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.spaces import DEPTHS, EXPANDS, KERNELS, MOBILENET_V3, RESOLUTIONS, mbconv_space
 
@@ -63,10 +64,7 @@ class MobileNetV3Spec(ElasticSpec):
     nested: ClassVar[Mapping[str, type]] = {"stages": StageSpec}
 
     def __post_init__(self) -> None:
-        check_kernels(self.kernels)
-        listed = {name: getattr(self, name) for name in ("kernels", "expands", "depths", "resolutions", "stages")}
-        stages = (stage.width for stage in self.stages)
-        check_sizes(self.norm, listed, (self.stem_width, self.first_width, *stages, self.final_width))
+        check_sizes(self, ("stem_width", "first_width", "stages", "final_width"))
 
     @property
     def elastic_kernels(self) -> tuple[int, ...]:

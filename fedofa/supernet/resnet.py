@@ -8,9 +8,9 @@ from typing import ClassVar, final
 
 import torch
 
-from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, check_sizes
+from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
 from fedofa.supernet.network import BottleneckSpec, ConvSpec, NetworkSpec, PartSpec, PoolSpec, make_divisible
-from fedofa.types.errors import ConfigError
+from fedofa.supernet.sizes import check_numbers, check_sizes
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.spaces import (
     RESNET,
@@ -34,8 +34,7 @@ class ResidualStageSpec:
     stride: int
 
     def __post_init__(self) -> None:
-        if self.blocks < 1:
-            raise ConfigError(f"supernet.stages: expected at least one block a stage, found {self.blocks}")
+        check_numbers(self, "supernet.stages: ")
 
 
 @final
@@ -78,8 +77,7 @@ class ResNetSpec(ElasticSpec):
     nested: ClassVar[Mapping[str, type]] = {"stages": ResidualStageSpec}
 
     def __post_init__(self) -> None:
-        listed = {name: getattr(self, name) for name in ("expands", "depths", "widths", "resolutions", "stages")}
-        check_sizes(self.norm, listed, (self.stem_width, *(stage.width for stage in self.stages)))
+        check_sizes(self, ("stem_width", "stages"), least={"depths": 0})
 
     @property
     def elastic_kernels(self) -> tuple[int, ...]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedofa.types.errors import CheckpointError
+from fedofa.types.errors import CheckpointError, FedofaError
 
 
 def read_content(path: str | os.PathLike[str]) -> Any:
@@ -31,11 +31,19 @@ def read_content(path: str | os.PathLike[str]) -> Any:
             f"{path}: not a readable checkpoint: expected tensors and plain values as torch or, as .safetensors, "
             "safetensors writes them, found something else, which is not executed"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
+    except Exception as error:  # unpickling damaged bytes raises anything
         raise CheckpointError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"{path}: not a readable checkpoint ({first_line(error)}); "
             "expected a file of tensors that torch.load(weights_only=True) or, as .safetensors, safetensors reads"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line: ours as they are, others by kind and the first line of what they say, if anything."""
+    if isinstance(error, FedofaError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -52,16 +60,49 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     raise CheckpointError(f"{path}: expected {{key: tensor}}, plain or under 'state_dict', found {found}")
 
 
-def value_problem(value: Any) -> str | None:
-    """Why a tensor's values cannot be weights, in words; None where they can."""
+def value_problem(name: str, value: Any) -> str | None:
+    """Why a tensor's values cannot be weights, in words; None where they can.
+
+    Args:
+        name: of the weights in a supernet; no variance is negative.
+        value: the tensor; anything else has no values that could be wrong.
+    """
     if not isinstance(value, Tensor):
         return None
+    if value.layout != torch.strided or value.is_meta:
+        return f"expected a dense tensor, found {'one without values' if value.is_meta else value.layout}"
     if not value.is_floating_point():
         return f"expected floating-point values, found {value.dtype}"
     bad = int((~value.float().isfinite()).sum())
-    return f"expected finite values, found {bad} of {value.numel()} that are not" if bad else None
+    if bad:
+        return f"expected finite values, found {bad} of {value.numel()} that are not"
+    below = int((value.float() < 0).sum()) if name.endswith("running_var") else 0
+    return f"expected variances, found {below} of {value.numel()} below 0" if below else None
 
 
-def listed(items: Sequence[str], most: int) -> str:
+def is_normalisation(value: Any) -> bool:
+    """Whether a value is a "mean" and a "std", as many finite numbers each, those of "std" positive."""
+    if not isinstance(value, Mapping):
+        return False
+    mean, std = value.get("mean"), value.get("std")
+    if not (isinstance(mean, Sequence) and isinstance(std, Sequence) and all(map(_is_finite, (*mean, *std)))):
+        return False
+    return len(mean) == len(std) > 0 and all(number > 0 for number in std)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def refuse_classes(source: str | os.PathLike[str], found: int | None, expected: int) -> NoReturn:
+    """Say with a `CheckpointError` that a source's classifier has another number of classes, and what to do."""
+    raise CheckpointError(
+        f"{source}: the classifier has {found} classes, expected {expected}; pass num_classes={found} to take it as it "
+        "is, or another number of classes to start with a fresh classifier"
+    )
+
+
+def listed(items: Sequence[str], most: int, separator: str = "; ") -> str:
     """The first of the items in a row, and how many more there are."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+    more = [f"and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])

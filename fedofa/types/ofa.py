@@ -11,7 +11,8 @@ key      values
 ``r``    resolution, a number or a list of one; where it is left out, the largest
 ======== ================================================================================================
 
-Entries of blocks that the subnet does not have may hold anything; they are written with the axis' smallest value.
+Rows may be numpy arrays, and "wid" may be there with None. Entries of blocks that the subnet does not have may hold
+anything; they are written with the axis' smallest value.
 """
 
 from __future__ import annotations
@@ -19,17 +20,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedofa.types.errors import SpaceError
 from fedofa.types.space import INACTIVE, Axis, SearchSpace, SubnetConfig
 from fedofa.types.spaces import PROXYLESS, PUBLISHED_SPACES, RESNET
 
 _KEYS = {"ks": "kernel", "e": "expand", "d": "depth", "w": "width", "r": "resolution"}
+_UNUSED = "wid"
+"""A key of the package's own configurations, whose value is None in every published space."""
 _TAIL_DEPTH = 1
 
 
 def published_space(family: str) -> SearchSpace:
     """The published space of that family, or a `SpaceError` that lists the families."""
-    if family not in PUBLISHED_SPACES:
+    if not isinstance(family, str) or family not in PUBLISHED_SPACES:
         raise SpaceError(
             f"no published space of family {family!r}: expected one of {', '.join(PUBLISHED_SPACES)}; a configuration "
             "of another space is made by that space's `subnet`"
@@ -44,8 +49,11 @@ def from_ofa(architecture: Mapping[str, Any], family: str) -> SubnetConfig:
         SpaceError: naming the key that is missing, unknown, of another length or holds a value that is not allowed.
     """
     space = published_space(family)
+    if not isinstance(architecture, Mapping):
+        raise SpaceError(f"ofa configuration for {family!r}: expected an object, found {architecture!r:.80}")
+    architecture = {key: value for key, value in architecture.items() if key != _UNUSED or value is not None}
     axes = {key: name for key, name in _KEYS.items() if any(axis.name == name for axis in space.axes)}
-    unknown = sorted(set(architecture) - set(axes))
+    unknown = sorted(map(str, set(architecture) - set(axes)))
     missing = sorted(set(axes) - set(architecture) - {"r"})
     if unknown or missing:
         raise SpaceError(
@@ -79,6 +87,7 @@ def to_ofa(subnet: SubnetConfig) -> dict[str, list[float]]:
 
 
 def _row(key: str, given: Any) -> list[Any]:
+    given = given.tolist() if isinstance(given, np.ndarray | np.generic) else given
     if isinstance(given, Sequence) and not isinstance(given, str):
         return list(given)
     if key == "r":

@@ -44,15 +44,23 @@ class SubnetConfig:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SubnetConfig:
-        """Rebuild a configuration from `to_json`; a `SearchSpace` still has to accept it (`SearchSpace.check`)."""
-        try:
-            family, choices = value["family"], value["choices"]
-            pairs = tuple((str(name), tuple(int(i) for i in indices)) for name, indices in choices.items())
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        """Rebuild a configuration from `to_json`; a `SearchSpace` still has to accept it (`SearchSpace.check`).
+
+        Raises:
+            SpaceError: when it is none.
+        """
+        known = value if isinstance(value, Mapping) else {}
+        family, choices = known.get("family"), known.get("choices")
+        if (
+            not isinstance(family, str)
+            or not isinstance(choices, Mapping)
+            or not all(isinstance(name, str) and _are_indices(row) for name, row in choices.items())
+        ):
             raise SpaceError(
-                f"not a subnet configuration: expected an object with 'family' and 'choices', found {value!r:.200}"
-            ) from error
-        return cls(str(family), pairs)
+                "not a subnet configuration: expected an object with 'family', a string, and 'choices', an object of "
+                f"lists of whole numbers, found {value!r:.200}"
+            )
+        return cls(family, tuple((name, tuple(row)) for name, row in choices.items()))
 
     @classmethod
     def from_ofa(cls, architecture: Mapping[str, Any], family: str) -> SubnetConfig:
@@ -74,6 +82,10 @@ class SubnetConfig:
         """16 hex digits over the normalised indices: the same on every machine."""
         text = json.dumps([self.family, self.choices], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _are_indices(row: Any) -> bool:
+    return isinstance(row, list | tuple) and all(type(index) is int for index in row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +179,7 @@ class SearchSpace:
 
     # -- making configurations ---------------------------------------------------------------------------------------
 
-    def subnet(self, **values: float | Sequence[float]) -> SubnetConfig:
+    def subnet(self, **values: float | Sequence[float] | np.ndarray) -> SubnetConfig:
         """The subnet with these values; a scalar stands for every position, an axis left out takes its largest value.
 
         A position that may not take a scalar, since it has fewer values, takes its own largest.
@@ -180,6 +192,7 @@ class SearchSpace:
             self.axis(name)
         for axis in self.axes:
             given = values.get(axis.name, axis.values[-1])
+            given = given.tolist() if isinstance(given, np.ndarray) else given
             positions = range(len(axis.controls))
             row = list(given) if isinstance(given, Sequence) else [axis.nearest(given, p) for p in positions]
             if len(row) != len(axis.controls):

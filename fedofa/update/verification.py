@@ -15,8 +15,8 @@ from fedofa.types.plan import FineTunePlan
 from fedofa.types.space import SubnetConfig
 from fedofa.types.statistics import ChannelSums, SubnetStatistics
 
-_ROUNDING = 1e-9
-"""Relative error of float64 sums over many values: a sum of squares may be below its bound by so much."""
+_ROUNDING = 1e-6
+"""Relative error of clients' sums (`calibration.channel_sums`: some 1e-7): sums of squares may be so much too small."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ def flat(value: dict, prefix: str) -> list[str]:
         ("supernet.norms=batch", "supernet.norms: unknown setting; did you mean 'supernet.norm'?"),
         ("+rouds=3", "rouds: unknown setting; did you mean 'rounds'?"),
         ("+supernet.dropuot=0.1", "supernet.dropuot: unknown setting; did you mean 'supernet.dropout'?"),
+        ("+supernet.pretrained=true", "supernet.pretrained: unknown setting; supernet of another kind has it"),
         ("+zzz=3", "zzz: unknown setting; `fedofa settings` prints all of them"),
         ("data.window_samples=5", "data.window_samples: unknown setting; data of another kind has it"),
         ("partitoin=iid", "partitoin: unknown setting; did you mean 'partition'?"),
@@ -292,6 +293,10 @@ def test_the_presets_of_pretrained_networks_describe_them(name):
 def test_where_pretrained_weights_come_from_is_said_or_asked_for():
     assert compose_conf(["supernet=efficientnet_lite0"]).supernet["pretrained"] is True
     assert refused("supernet=mobilenet_v2") == ("settings without a value: supernet.pretrained; give them as key=value")
+
+
+def test_where_weights_come_from_is_not_asked_for_where_none_are_needed():
+    assert compose_search_conf(["supernet=mobilenet_v2", "device=any"]).supernet["pretrained"] is None
 
 
 def test_the_settings_of_shrink_compose_and_name_their_own_keys():

@@ -147,6 +147,11 @@ def test_proxyless_tables_count_pooling_with_the_classifier(tmp_path):
     assert table.milliseconds[classifier] == 0
 
 
+def test_published_tables_without_a_file_are_refused(index):
+    with pytest.raises(ProfileError, match="published latency tables: expected at least one file, found none"):
+        load_ofa_table([], index, "phone")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -117,7 +117,7 @@ def test_attentive_needs_images_on_the_server_and_runs_with_them(simulate, overr
         (["shrinking.schedule=fast"], "shrinking.schedule: expected one of ['progressive', 'sandwich', 'turns',"),
         (["shrinking=sandwich", "shrinking.steps=9"], "shrinking.steps: every round is a step of the schedule, so "
          "expected 3 (rounds), found 9"),
-        (["shrinking=progressive"], "shrinking.steps: expected at least 5, one a phase, found 3"),
+        (["shrinking=progressive"], "(of a federation: rounds): expected at least 5, one a phase"),
         (["shrinking=sandwich", "supernet=fixed"], "shrinking.schedule: 'sandwich' needs a supernet of many subnets"),
         (["shrinking.schedule=phases", "shrinking.phases=[{name: a, steps: 2, elastic: {}}]"],
          "rounds: expected 2, the steps of all shrinking.phases, found 3"),

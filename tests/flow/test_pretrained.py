@@ -85,7 +85,7 @@ def test_a_run_starts_from_the_file_and_trains_a_classifier_for_its_own_classes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["data.calibration_examples=0"], "data.calibration_examples: expected at least 1"),
+        (["data.calibration_examples=0"], "data.calibration_examples: expected at least 2"),
         (
             ["supernet.stem_width=16"],
             "net.pth: the weights do not fit the described network: 11 problems: features.0.0.weight: expected shape "

@@ -115,13 +115,27 @@ def test_a_simulation_starts_from_a_shrunk_supernet(shrink, simulate, tmp_path):
     [
         (["shrinking.schedule=fast"], "shrinking.schedule: expected one of"),
         (["shrinking.teacher_loss.kind=mse"], "loss of the teacher: expected one of"),
+        (["shrinking=turns", "shrinking.teacher_share=2"], "shrinking.teacher_share: expected a number in [0, 1]"),
+        (["shrinking=progressive", "shrinking.growing_images=true"], "growing_images: only shrinking.schedule=sand"),
+        (["shrinking.teacher_share=0.5"], "shrinking.teacher_share: only shrinking.schedule=turns reads it, found 0.5"),
+        (["shrinking.phases=[{name: a}]"], "shrinking.phases: only shrinking.schedule=phases reads it, found"),
+        (["shrinking.steps=null"], "shrinking.steps: expected a whole number with 'sandwich', found null"),
+        (
+            ["shrinking.growing_images=true", "shrinking.steps=1", "supernet.resolutions=[16,20]"],
+            "steps: expected at least 2, so that every resolution has its share",
+        ),
+        (["resume_step=2"], "resume_step: expected resume=true beside resume_step=2, found false"),
+        (["shrinking.growing_images=true", "supernet.resolutions=[20]"], "growing_images: expected several values of"),
         (["shrinking=attentive", "shrinking.candidates=0"], "candidates: expected at least 1, found 0"),
         (["shrinking=attentive", "shrinking.macs_targets=[1000]"], "no subnet has 1,000 MACs; the smallest, "),
         (
             ["shrinking.schedule=phases", "shrinking.phases=[{name: a, steps: 2, elastic: {kernel: [4]}}]"],
             "phase 'a', axis 'kernel': expected values out of [3, 5, 7], found [4]",
         ),
-        (["shrinking=progressive", "shrinking.steps=2"], "shrinking.steps: expected at least"),
+        (
+            ["shrinking=progressive", "shrinking.steps=2"],
+            "(of a federation: rounds): expected at least 5",
+        ),
         (["supernet_weights=/nowhere"], "supernet_weights: /nowhere cannot be read"),
         (["checkpoint_every=0"], "checkpoint_every: expected at least 1, found 0"),
     ],
@@ -133,7 +147,14 @@ def test_bad_settings_are_one_clear_error(command, tmp_path, capfd, overrides, m
     text = capfd.readouterr().err
     assert text.startswith("error: ")
     assert message in text.replace("\n", " ")
-    assert (tmp_path / "run/summary.json").exists(), "an earlier run stays where it is"
+    assert (tmp_path / "run/summary.json").read_text() == "{}", "the earlier run is where it was"
+
+
+def test_weights_that_the_run_would_move_aside_are_refused(command, tmp_path, capfd):
+    weights = tmp_path / "run" / "fedavg_weakest"
+    assert main(command(tmp_path / "run", f"supernet_weights={weights}")[3:]) == 1
+    text = capfd.readouterr().err.replace("\n", " ")
+    assert f"supernet_weights: {weights} lies in output_dir ({tmp_path / 'run'}), whose content is moved aside" in text
 
 
 def test_the_settings_of_shrink_are_printed(capsys):

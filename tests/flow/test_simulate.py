@@ -211,7 +211,7 @@ def test_batch_norm_half_precision_wire_and_frozen_plans_run_end_to_end(simulate
         ("data=mnist", "data/mnist: no such option; available: cifar10, fashion_mnist, folder, har, hf, mnist5k"),
         ("finetune.plans=[fll]", "unknown plan 'fll'; known: full"),
         ("fleet.clients_per_round=13", "expected at most fleet.num_clients (12), found 13"),
-        ("supernet.norm=batch", "data.calibration_examples: expected at least 1"),
+        ("supernet.norm=batch", "data.calibration_examples: expected at least 2"),
         ("supernet.kernels=[3,4]", "kernel sizes must be odd, found [4]"),
         ("runtime.name=rya", "runtime.name: expected one of ['in_process', 'ray', 'superlink'], found 'rya'"),
         ("partition.alpha=0", "alpha"),

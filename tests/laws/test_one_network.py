@@ -12,7 +12,8 @@ from peers import activate, build_peer, images
 
 from fedofa.evaluation.calibration import calibrate
 from fedofa.supernet.importance import channel_ordering, measured_ordering
-from fedofa.supernet.published import PUBLISHED, load_published, load_published_weights, published_names, save_published
+from fedofa.supernet.published import PUBLISHED, load_published, load_published_weights, save_published
+from fedofa.supernet.published_keys import published_names
 from fedofa.types.errors import CheckpointError
 from fedofa.types.space import SubnetConfig
 

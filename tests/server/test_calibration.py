@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cohorts import build_supernet
+from cohorts import SPEC, build_supernet
 from flwr.app import Error, Message
 
 from clients.records import packed_buffer, packed_content
@@ -17,8 +17,9 @@ from fedofa.finetune.plans import build_plan
 from fedofa.finetune.recipe import LocalTraining
 from fedofa.search.fit import FitSearch
 from fedofa.supernet.base import fill_skeleton
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Supernet
 from fedofa.types.device import DeviceProfile
-from fedofa.types.errors import QuorumError
+from fedofa.types.errors import ConfigError, QuorumError
 from fedofa.types.plan import FineTunePlan
 from fedofa.types.statistics import ChannelSums, SubnetStatistics
 from fedofa.update.exchange import ClientTask, decode_task, encode_statistics, encode_task
@@ -40,6 +41,21 @@ SCORER = Scorer(SUPERNET, Examples(IMAGES[:2], np.zeros(2, np.int64)), EMPTY, NO
 PLANS = [[lambda blocks: build_plan("full", blocks)]]
 SEARCH = FitSearch(SUPERNET.space, SUPERNET.block_costs, PLANS, AnalyticCostModel())
 PLANNER = Planner(SEARCH, LocalTraining(), 60.0, "float32")
+
+
+def test_a_last_batch_of_one_image_calibrates_where_maps_are_of_one_pixel():
+    """A batch norm in training refuses one value a channel."""
+    supernet = MobileNetV3Supernet(replace(SPEC, norm="batch", resolutions=(4,)), torch.Generator().manual_seed(0))
+    images = np.random.default_rng(1).integers(0, 256, (101, 1, 20, 20)).astype(np.uint8)
+    test, calibration = Examples(images[:5], np.zeros(5, np.int64)), Examples(images, np.zeros(101, np.int64))
+    scorer, largest = Scorer(supernet, test, calibration, NORMALISATION), supernet.space.largest()
+    built = scorer.build(supernet.state(), largest).state_dict()
+    whole = supernet.build(largest)
+    assert calibrate(whole, [scorer._inputs(calibration, largest)[:]])
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(built[name], value, atol=1e-4, rtol=1e-4, msg=name)
+    with pytest.raises(ConfigError, match="expected at least 2 for a supernet with batch norm, found 1"):
+        Scorer(supernet, test, Examples(images[:1], np.zeros(1, np.int64)), NORMALISATION)
 
 
 def infos(**memory) -> list[ClientInfo]:

@@ -1,13 +1,14 @@
 """`fedofa search` and `fedofa predictor` from the command line: what they print, write and refuse."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from conf.compose import compose_predictor_conf, compose_search_conf
+from conf.compose import compose_predictor_conf, compose_profile_conf, compose_search_conf
 from fedofa.device.latency import roofline_table
 from fedofa.device.ofa_tables import ofa_entries
 from fedofa.device.operators import OperatorIndex
@@ -25,7 +26,9 @@ from fedofa.types.space import SubnetConfig
 from server import cli
 from server.outputs import subnet_row
 from server.predictor import read_pairs, run_predictor
+from server.profile import run_profile
 from server.search import SETTINGS, build_limits, build_models, run_search
+from server.structure import describe_structure
 
 pytest.importorskip("pymoo", reason="pymoo is missing; `make test` installs it")
 
@@ -132,6 +135,12 @@ def test_published_tables_are_read(index, tmp_path):
     for device in (tmp_path, tmp_path / "28_lookup_table.yaml"):
         found = run_search(compose_search_conf([*FAST, f"device={device}", "latency_ms=15"])).found
         assert found[0].costs["latency_ms"].value <= 15
+
+
+def test_a_folder_without_published_tables_is_named(tmp_path):
+    (tmp_path / "board.json").touch()
+    with pytest.raises(ProfileError, match=rf"device: {tmp_path}: .*expected YAML files in it, found none"):
+        run_search(compose_search_conf([*FAST, f"device={tmp_path}"]))
 
 
 def test_a_table_alone_is_a_device_too(index, tmp_path):
@@ -261,6 +270,56 @@ def test_batteries_that_give_nothing_are_refused(board):
         ConfigError,
         "battery: expected a state of charge in [0, 1] and a reserve in [0, 1), found 1.5 and 0.2",
     )
+
+
+PRESETS = sorted(path.stem for path in Path(str(files("conf"))).glob("supernet/*.yaml"))
+COMMANDS = {
+    "search": (compose_search_conf, "device=any", run_search),
+    "profile": (compose_profile_conf, "output=x", run_profile),
+    "predictor": (compose_predictor_conf, "pairs=x", run_predictor),
+}
+
+
+class Built(Exception):
+    """The supernet that a command builds, which is all that is wanted of it."""
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "fixed"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_elastic_preset_serves_the_commands_that_need_no_weights(command, preset, monkeypatch):
+    def build(description):
+        raise Built(build_supernet(description))
+
+    compose, needed, run = COMMANDS[command]
+    monkeypatch.setattr(f"server.{command}.build_supernet", build)
+    with pytest.raises(Built) as built:
+        run(compose([f"supernet={preset}", needed, "num_classes=7"]))
+    (supernet,) = built.value.args
+    assert supernet.space.count() > 1
+    assert supernet.spec.num_classes == 7
+
+
+def test_a_chain_is_searched(tmp_path):
+    """Its weights, which the settings name, are not looked for."""
+    chain = ["supernet=mobilenet_v2", "supernet.pretrained=nowhere.pth", "supernet.resolutions=[128,160]"]
+    conf = compose_search_conf(
+        [*chain, f"device={tmp_path / 'table.json'}", "macs=5e7", "population=32", "generations=2"]
+    )
+    index = OperatorIndex.of(build_supernet(describe_structure(conf.supernet, conf.in_channels, conf.num_classes)))
+    table = roofline_table(
+        index, macs_per_second=1e8, bytes_per_second=1e9, launch_ms=0.02, engine="x", source="made up"
+    )
+    (tmp_path / "table.json").write_text(json.dumps(table.to_json()))
+    (found,) = run_search(conf).found
+    assert found.costs["macs"].value <= 5e7
+    assert index.encoding.space.contains(found.subnet)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_fixed_network_leaves_nothing_to_choose(command):
+    compose, needed, run = COMMANDS[command]
+    with pytest.raises(ConfigError, match=r"supernet\.family: .* found the fixed network.*take an elastic one"):
+        run(compose(["supernet=fixed", needed]))
 
 
 def test_settings_without_a_value_and_unknown_ones_are_named(capsys):

@@ -9,8 +9,9 @@ from cohorts import build_supernet
 
 from fedofa.data.sources import ImageSet
 from fedofa.supernet import MobileNetV3Supernet, save_published
+from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.types.errors import CheckpointError
+from fedofa.types.errors import CheckpointError, MisfitError
 from server.weights import normalisation_for, start_from, write_supernet
 
 DRAWS = torch.Generator().manual_seed(3)
@@ -118,6 +119,67 @@ def test_damaged_files_are_refused(tmp_path, damage):
         write_supernet(tmp_path, type(state)(0, few), content["supernet"], content["normalisation"])
     with pytest.raises(CheckpointError, match="supernet_weights"):
         start_from(build_supernet(), tmp_path, DRAWS)
+
+
+def test_values_that_are_no_weights_are_listed_and_nothing_is_taken(tmp_path):
+    source, supernet = build_supernet(1, norm="batch"), build_supernet(2, norm="batch")
+    before, state = supernet.state().digest(), source.state()
+    bad = dict(state.tensors)
+    bad["stem.conv.weight"] = np.full_like(bad["stem.conv.weight"], np.nan)
+    bad["stem.norm.running_var"] = -bad["stem.norm.running_var"]
+    bad["classifier.bias"] = bad["classifier.bias"].astype(np.int64)
+    write_supernet(tmp_path, type(state)(0, bad), source.description(), {})
+    with pytest.raises(
+        MisfitError, match=r"supernet_weights: .*supernet\.safetensors: 3 problems: classifier\.bias: e"
+    ):
+        start_from(supernet, tmp_path, DRAWS)
+    with pytest.raises(MisfitError) as refused:
+        start_from(supernet, tmp_path, DRAWS)
+    assert refused.value.problems == (
+        "classifier.bias: expected floating-point values, found torch.int64",
+        "stem.conv.weight: expected finite values, found 72 of 72 that are not",
+        "stem.norm.running_var: expected variances, found 8 of 8 below 0",
+    )
+    assert supernet.state().digest() == before
+
+
+@pytest.mark.parametrize("found", [None, [1], "x"])
+def test_a_description_that_is_none_is_refused(tmp_path, found):
+    written(tmp_path, build_supernet(1))
+    rewrite(tmp_path, lambda content: content.update(supernet=found))
+    with pytest.raises(CheckpointError, match=r"supernet_weights: .*supernet\.json: expected an object under"):
+        start_from(build_supernet(2), tmp_path, DRAWS)
+
+
+@pytest.mark.parametrize(
+    "ordering",
+    [
+        {"stages.1.0.mid": np.arange(5)},
+        {"nothing": np.arange(5)},
+        {"stages.1.0.mid": np.zeros((4, 6), np.int64)},
+    ],
+    ids=["length", "group", "dimensions"],
+)
+def test_a_damaged_ordering_is_refused_with_its_file(tmp_path, ordering):
+    source = build_supernet(1, norm="batch")
+    state = source.state()
+    write_supernet(tmp_path, type(state)(0, state.tensors, ordering), source.description(), {})
+    supernet = build_supernet(2, norm="batch")
+    before = supernet.state().digest()
+    with pytest.raises(CheckpointError, match=r"supernet_weights: .*supernet\.safetensors: ordering of"):
+        start_from(supernet, tmp_path, DRAWS)
+    assert supernet.state().digest() == before
+
+
+def test_the_integers_of_a_wrapped_module_come_back(tmp_path):
+    def wrapped(seed):
+        torch.manual_seed(seed)
+        module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+        return FixedSupernet(module, (1, 4, 4))
+
+    source, supernet = wrapped(1), wrapped(2)
+    start_from(supernet, written(tmp_path, source), DRAWS)
+    assert supernet.state().digest() == source.state().digest()
 
 
 def test_tensors_that_are_not_the_supernets_are_listed_with_both_shapes():

@@ -29,6 +29,9 @@ SCHEDULES = {
     "sandwich": ShrinkSchedule.sandwich(SPACE, 6),
     "turns": ShrinkSchedule.turns(SPACE, 6, num_random=1),
     "taught turns": ShrinkSchedule.turns(SPACE, 36, num_random=1, teacher_share=0.5),
+    "growing images": ShrinkSchedule(
+        (ShrinkPhase("a", 6, ALL, sandwich=True, teacher="in_place", growing_images=True),)
+    ),
     "attentive": ShrinkSchedule.attentive(SPACE, 4, num_random=1, candidates=2, prefer="worst", loss=ALPHA),
 }
 
@@ -68,6 +71,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_stopped(name, norm):
     second.restore(first.state())
     assert second.done == first.done
     assert run(second) == whole
+
+
+@pytest.mark.parametrize("stop", [7, 8, 9])
+def test_progressive_shrinking_may_be_stopped_where_channels_are_ordered(stop):
+    """From the eighth step on its phases do, which changes the order in which the teacher's sums run."""
+    schedule = SCHEDULES["progressive"]
+    whole = build(schedule)
+    run(whole, stop)
+    resumed = build(schedule)
+    resumed.restore(whole.state())
+    assert run(resumed) == run(whole)
 
 
 def test_a_steps_gradient_is_the_sum_over_its_subnets():

@@ -94,6 +94,7 @@ def test_the_rate_rises_linearly_then_falls_by_a_cosine():
         ShrinkSchedule.sandwich(SPACE, 10, num_random=3),
         ShrinkSchedule.turns(SPACE, 10, teacher_share=0.3, loss=TeacherLoss(temperature=2.0)),
         ShrinkSchedule.attentive(SPACE, 10, candidates=5, prefer="worst", macs_targets=[1e5, 2e5]),
+        ShrinkSchedule((phase(growing_images=True, elastic={"resolution": (16, 20)}),)),
     ],
 )
 def test_a_schedule_travels_as_json(schedule):
@@ -130,6 +131,23 @@ def test_every_turn_learns_once_on_each_batch_that_the_largest_answered(sandwich
     for step, batch in enumerate(batches[kept * num_turns :], kept * num_turns):
         assert step // num_turns - kept <= batch <= step // num_turns
         assert batch not in batches[step - 10 : step], "SGD's momentum does not meet the same examples twice"
+
+
+def test_growing_images_share_the_steps_out_to_the_resolutions():
+    item = phase(growing_images=True, elastic={"kernel": (3, 7), "resolution": (20, 16)})
+    small, large = item.stages(SPACE)
+    alone = {"growing_images": False, "name": "a, resolution 16", "elastic": {"kernel": (3, 7), "resolution": (16,)}}
+    assert small == replace(item, **alone)
+    assert large.elastic["resolution"] == (20,)
+    assert phase().stages(SPACE) == (phase(),)
+    for elastic in ({}, {"resolution": (16,)}):
+        with pytest.raises(SpaceError, match="'a', growing_images: expected several values of 'resolution', found"):
+            phase(growing_images=True, elastic=elastic).check(SPACE)
+    with pytest.raises(SpaceError, match="expected several values"):
+        phase(growing_images=True, elastic={}).check(SearchSpace("fixed", ()))
+    few = replace(item, turns=True, num_random=6)
+    with pytest.raises(ConfigError, match="'a', steps: expected at least 12, so that every resolution has its share"):
+        few.check(SPACE)
 
 
 def test_without_answers_every_step_has_its_own_batch():
@@ -179,7 +197,7 @@ def test_unknown_losses_and_settings_are_refused():
         TeacherLoss("alpha_divergence", max_ratio=1.0)
     with pytest.raises(ConfigError, match="at least one phase"):
         ShrinkSchedule(())
-    with pytest.raises(ConfigError, match=r"shrinking\.steps: expected at least 5, one a phase, found 4"):
+    with pytest.raises(ConfigError, match=r"shrinking\.steps .*: expected at least 5, one a phase, found 4"):
         ShrinkSchedule.progressive(SPACE, 4)
     with pytest.raises(ConfigError, match="step 10 is beyond"):
         ShrinkSchedule((phase(),)).phase_at(10)
@@ -204,6 +222,8 @@ def test_unknown_losses_and_settings_are_refused():
             [{"loss": {"warmth": 3}}],
             "phase 2, loss: expected an object with fields of TeacherLoss, found {'warmth': 3}",
         ),
+        ([{"loss": {"kind": "mse"}}], "phase 2, loss: shrinking, loss of the teacher: expected one of ['soft_cross"),
+        ([{"loss": {"max_ratio": 1}}], "phase 2, loss: shrinking, max_ratio: expected a finite number above 1, f"),
     ],
 )
 def test_a_list_of_phases_that_is_not_understood_says_which_and_why(given, message):

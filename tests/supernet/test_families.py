@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from cohorts import SPEC
+from cohorts import SPEC, SPECS
 
 from fedofa.supernet.chain import BlockSize, ChainSpec
-from fedofa.supernet.families import build_supernet, two_conv_cnn
+from fedofa.supernet.families import build_elastic, build_supernet, two_conv_cnn
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.types.errors import ConfigError
 
@@ -96,6 +96,81 @@ def test_an_unknown_module_is_refused():
 def test_sizes_that_make_no_network_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         MobileNetV3Spec.from_json({**SPEC.to_json(), **change})
+
+
+PROXYLESS = {"family": "proxyless", **SPECS["proxyless"].to_json()}
+RESNET = {"family": "resnet", **SPECS["resnet"].to_json()}
+STAGE, BLOCK = SMALL["stages"][0], CHAIN["blocks"][1]
+
+
+@pytest.mark.parametrize(
+    ("description", "change", "message"),
+    [
+        (SMALL, {"depths": [0, 1]}, r"supernet\.depths: expected whole numbers of at least 1, found \[0\]"),
+        (PROXYLESS, {"depths": [0, 1]}, r"supernet\.depths: expected whole numbers of at least 1, found \[0\]"),
+        (RESNET, {"depths": [-3, 0]}, r"supernet\.depths: expected whole numbers of at least 0, found \[-3\]"),
+        (CHAIN, {"min_depth": 0}, r"supernet\.min_depth: expected a whole number of at least 1, found 0"),
+        (SMALL, {"kernels": [-1, 3]}, r"supernet\.kernels: expected whole numbers of at least 1, found \[-1\]"),
+        (SMALL, {"kernels": [3, 5.0]}, r"supernet\.kernels: expected whole numbers of at least 1, found \[5\.0\]"),
+        (SMALL, {"kernels": 3}, r"supernet\.kernels: expected a list, found 3"),
+        (CHAIN, {"stem_kernel": 4}, r"supernet\.stem_kernel: kernel sizes must be odd, found \[4\]"),
+        (CHAIN, {"stem_kernel": -3}, r"supernet\.stem_kernel: expected a whole number of at least 1, found -3"),
+        (SMALL, {"stem_width": 0}, r"supernet\.stem_width: expected a whole number of at least 1, found 0"),
+        (RESNET, {"stem_width": -8}, r"supernet\.stem_width: expected a whole number of at least 1, found -8"),
+        (SMALL, {"first_width": -8}, r"supernet\.first_width: .*found -8"),
+        (SMALL, {"final_width": 0}, r"supernet\.final_width: .*found 0"),
+        (SMALL, {"feature_width": 0}, r"supernet\.feature_width: .*of at least 1, found 0"),
+        (CHAIN, {"feature_width": -8}, r"supernet\.feature_width: .*of at least 0, found -8"),
+        (SMALL, {"stem_stride": 0}, r"supernet\.stem_stride: .*found 0"),
+        (SMALL, {"first_stride": -1}, r"supernet\.first_stride: .*found -1"),
+        (SMALL, {"resolutions": [0, 3]}, r"supernet\.resolutions: .*found \[0\]"),
+        (CHAIN, {"resolutions": [-4, 3]}, r"supernet\.resolutions: .*found \[-4\]"),
+        (SMALL, {"expands": [0, 3]}, r"supernet\.expands: expected positive numbers, found \[0\]"),
+        (RESNET, {"expands": [-2, 3]}, r"supernet\.expands: expected positive numbers, found \[-2\]"),
+        (RESNET, {"widths": [0.0, 1.0]}, r"supernet\.widths: expected positive numbers, found \[0\.0\]"),
+        (SMALL, {"norm_eps": -1}, r"supernet\.norm_eps: expected a positive number, found -1"),
+        (CHAIN, {"norm_eps": float("nan")}, r"supernet\.norm_eps: expected a positive number, found nan"),
+        (SMALL, {"dropout": 2}, r"supernet\.dropout: expected a number in \[0, 1\), found 2"),
+        (SMALL, {"num_classes": 0}, r"supernet\.num_classes: .*found 0"),
+        (RESNET, {"num_classes": 0}, r"supernet\.num_classes: .*found 0"),
+        (CHAIN, {"num_classes": -1}, r"supernet\.num_classes: .*found -1"),
+        (FIXED, {"num_classes": 0}, r"supernet\.num_classes: .*found 0"),
+        (FIXED, {"input_shape": [0, 28, 28]}, r"supernet\.input_shape: .*found \[0\]"),
+        (SMALL, {"in_channels": 0}, r"supernet\.in_channels: .*found 0"),
+        (SMALL, {"stages": [{**STAGE, "stride": 0}]}, r"supernet\.stages: stride: .*found 0"),
+        (SMALL, {"stages": [{**STAGE, "width": -8}]}, r"supernet\.stages: width: .*found -8"),
+        (SMALL, {"stages": [3]}, r"supernet\.stages: expected \['width', 'stride', .*found 3"),
+        (PROXYLESS, {"last_stage": 3}, r"supernet\.last_stage: expected \['width', 'stride', .*found 3"),
+        (RESNET, {"stages": [{"width": 8, "blocks": 0, "stride": 1}]}, r"supernet\.stages: blocks: .*found 0"),
+        (CHAIN, {"blocks": [{**BLOCK, "stride": 1.5}]}, r"supernet\.blocks: stride: .*found 1\.5"),
+        (CHAIN, {"blocks": [{**BLOCK, "expand": "4"}]}, r"supernet\.blocks: expand: .*positive number, found '4'"),
+        (CHAIN, {"blocks": "abc"}, r"supernet\.blocks: expected a list, found 'abc'"),
+    ],
+)
+def test_settings_that_make_no_network_are_refused_by_name(description, change, message):
+    with pytest.raises(ConfigError, match=message):
+        build_supernet({**description, **change})
+
+
+def test_lists_serve_as_tuples():
+    blocks = [BlockSize(16), BlockSize(24, 3, 4, 2)]
+    listed, settled = ChainSpec(blocks, resolutions=[96]), ChainSpec(tuple(blocks), resolutions=(96,))  # type: ignore[arg-type]
+    assert listed == settled and hash(listed) == hash(settled)
+    assert build_elastic(listed).space.count() == build_elastic(settled).space.count()
+    assert hash(MobileNetV3Spec(kernels=[3, 5])) == hash(MobileNetV3Spec(kernels=(3, 5)))  # type: ignore[arg-type]
+
+
+def test_a_block_of_words_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"supernet\.blocks: width: expected a whole number of at least 1, found '16'"
+    ):
+        BlockSize("16")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("description", [None, [1], "chain", 3])
+def test_what_is_no_description_is_refused(description):
+    with pytest.raises(ConfigError, match="supernet"):
+        build_supernet(description)
 
 
 @pytest.mark.parametrize(

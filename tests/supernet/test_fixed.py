@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedofa.supernet.families import two_conv_cnn
 from fedofa.supernet.fixed import FixedSupernet
-from fedofa.types.errors import SpaceError
+from fedofa.types.errors import ConfigError, SpaceError
 
 
 def build_module() -> nn.Sequential:
@@ -79,6 +79,19 @@ def test_a_state_round_trips_with_batch_norms_integer_scalars(supernet):
     assert supernet.state().digest() == source.state().digest()
     with torch.no_grad():
         assert torch.equal(supernet.eval()(images(), subnet), source.eval()(images(), subnet))
+
+
+def test_tied_tensors_are_refused_by_name_and_shared_submodules_serve():
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    tied[3].weight = tied[1].weight
+    with pytest.raises(ConfigError, match=r"found tied ones: 1\.weight = 3\.weight; let the submodules share"):
+        FixedSupernet(tied, (1, 2, 2))
+    linear = nn.Linear(4, 4)
+    shared = FixedSupernet(nn.Sequential(nn.Flatten(), linear, nn.ReLU(), linear), (1, 2, 2)).eval()
+    subnet, x = shared.space.largest(), torch.randn(2, 1, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(shared.build(subnet).eval()(x), shared.network(x))
+        torch.testing.assert_close(shared(x, subnet), shared.network(x))
 
 
 def test_roles_follow_from_the_modules(supernet):

@@ -26,6 +26,7 @@ from fedofa.supernet.chain_weights import load_weights
 from fedofa.supernet.layouts import LAYOUTS
 from fedofa.supernet.pretrained import load_pretrained, start_from
 from fedofa.supernet.ready_made import READY_MADE, TIMM
+from fedofa.supernet.weights_file import read_weights
 from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 LITE0, V2 = READY_MADE["efficientnet_lite0"], READY_MADE["mobilenet_v2"]
@@ -288,6 +289,14 @@ def test_another_number_of_classes_is_refused_or_starts_a_fresh_classifier(tmp_p
     assert torch.equal(drawn[0].shared()[stem], source.shared()[stem])
 
 
+def test_a_file_that_does_not_fit_is_refused_for_that_before_its_classes(tmp_path):
+    weights = file_of(random_supernet(), "timm_efficientnet")
+    del weights["conv_stem.weight"]
+    torch.save(weights, tmp_path / "six.pth")
+    with pytest.raises(MisfitError, match=r"1 problems: missing conv_stem\.weight"):
+        load_pretrained(tmp_path / "six.pth", replace(TINY, num_classes=1000))
+
+
 def test_features_without_a_classifier_need_a_number_of_classes(tmp_path):
     weights = {k: v for k, v in file_of(random_supernet(), "flat_mobilenet").items() if not k.startswith("classifier")}
     torch.save(weights, tmp_path / "features.pt")
@@ -346,6 +355,11 @@ def test_missing_unknown_and_misshapen_entries_are_listed_and_nothing_is_copied(
     assert not supernet.ordering
 
 
+def test_a_supernet_of_structure_only_takes_no_weights():
+    with pytest.raises(CheckpointError, match=r"\(chain\) is structure only.*build it with a generator"):
+        load_weights(ChainSupernet(TINY), file_of(random_supernet(), "fedofa"))
+
+
 def test_only_known_norms_have_counters():
     weights = file_of(random_supernet(), "efficientnet_pytorch")
     supernet = ChainSupernet(TINY, torch.Generator().manual_seed(5))
@@ -373,6 +387,41 @@ def test_values_that_are_no_weights_are_refused():
     assert supernet.state().digest() == before
 
 
+def test_statistics_and_layouts_that_are_no_weights_are_refused():
+    weights = file_of(random_supernet(), "timm_efficientnet")
+    weights["bn1.running_var"][3] = -1.0
+    weights["conv_head.weight"] = weights["conv_head.weight"].detach().to_sparse()
+    weights["conv_stem.weight"] = weights["conv_stem.weight"].to("meta")
+    with pytest.raises(MisfitError) as refused:
+        load_weights(ChainSupernet(TINY, torch.Generator().manual_seed(5)), weights)
+    assert refused.value.problems == (
+        "bn1.running_var: expected variances, found 1 of 8 below 0",
+        "conv_head.weight: expected a dense tensor, found torch.sparse_coo",
+        "conv_stem.weight: expected a dense tensor, found one without values",
+    )
+
+
+@pytest.mark.parametrize("step", [7, 53])
+def test_however_a_file_is_cut_there_is_one_error(tmp_path, step):
+    for zipped in (False, True):
+        torch.save({"state_dict": {"a.b": torch.ones(40)}}, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+        whole = (tmp_path / "net.pth").read_bytes()
+        for length in range(0, len(whole) - 1, step * (2 if zipped else 1)):
+            (tmp_path / "net.pth").write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match=r"net\.pth: not a readable checkpoint") as refused:
+                read_weights(tmp_path / "net.pth")
+            assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_weights_of_fewer_bits_are_taken(dtype):
+    weights = file_of(random_supernet(), "fedofa")
+    supernet = ChainSupernet(TINY, torch.Generator().manual_seed(5))
+    load_weights(supernet, {name: value.detach().to(dtype) for name, value in weights.items()})
+    for name, value in weights.items():
+        assert torch.equal(supernet.shared()[name], value.to(dtype).float())
+
+
 def test_what_a_message_is_too_short_for_is_in_the_error(tmp_path):
     weights = dict.fromkeys((f"layer{n}" for n in range(10, 60)), torch.zeros(1))
     torch.save(weights, tmp_path / "other.pth")
@@ -385,11 +434,19 @@ def test_what_a_message_is_too_short_for_is_in_the_error(tmp_path):
 def test_files_that_are_none_are_refused(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "word.pth").write_bytes(b"hello")
+    torch.save({"a": torch.zeros(9)}, tmp_path / "cut.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"epoch": 3, "net": {}}, tmp_path / "epoch.pth")
     for name, message in (
         ("text.pth", r"text\.pth: not a readable checkpoint"),
         ("text.safetensors", r"text\.safetensors: not a readable checkpoint"),
+        ("empty.pth", r"empty\.pth: not a readable checkpoint \(EOFError"),
+        ("word.pth", r"word\.pth: not a readable checkpoint"),
+        ("cut.pth", r"cut\.pth: not a readable checkpoint"),
         ("list.pth", r"list\.pth: expected \{key: tensor\}.*found list"),
         ("epoch.pth", r"epoch\.pth: expected \{key: tensor\}.*found \['epoch', 'net'\]"),
         ("absent.pth", r"absent\.pth: no such file; expected a file, 'timm:<model>', 'hf:<repository>'"),
@@ -401,7 +458,7 @@ def test_files_that_are_none_are_refused(tmp_path):
 
 def test_names_that_are_none_are_refused(tmp_path):
     torch.save(file_of(random_supernet(), "fedofa"), tmp_path / "net.pth")
-    with pytest.raises(ConfigError, match="does not say which network it holds"):
+    with pytest.raises(ConfigError, match=r"net\.pth: it does not say its network; pass the ChainSpec, or the name if"):
         load_pretrained(tmp_path / "net.pth")
     with pytest.raises(ConfigError, match="no network 'mobilenet' is described; described: efficientnet_lite0, mob"):
         load_pretrained(tmp_path / "net.pth", "mobilenet")
@@ -456,7 +513,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
         ({"padding": "valid"}, r"supernet\.padding: expected one of \['symmetric', 'tensorflow'\], found 'valid'"),
         ({"activation": "swish"}, r"supernet\.activation: expected one of"),
         ({"kernels": (4,)}, r"kernel sizes must be odd, found \[4\]"),
-        ({"min_depth": 0}, r"supernet\.min_depth: expected at least 1, found 0"),
+        ({"min_depth": 0}, r"supernet\.min_depth: expected a whole number of at least 1, found 0"),
         ({"mean": (0.5,), "std": (0.5,)}, r"supernet\.mean: expected one value for each of 3 channels"),
         ({"mean": (0.5,) * 3}, r"supernet\.mean: expected one value"),
     ],
@@ -567,8 +624,66 @@ def test_a_model_of_timms(monkeypatch, v2_in_timm):
     assert is_mobilenet_v2(supernet, weights, images(128))
     with pytest.raises(CheckpointError, match=r"timm:absent: timm could not load it \(RuntimeError: Unknown model"):
         load_pretrained("timm:absent")
-    with pytest.raises(ConfigError, match="does not say which network it holds"):
+    with pytest.raises(ConfigError, match=r"timm:resnet18: its network 'resnet18' is not described here; pass the Ch"):
         load_pretrained("timm:resnet18")
+
+
+def test_a_source_of_a_network_that_is_not_described_says_its_normalisation(monkeypatch):
+    settings = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    model = TimmModel(file_of(random_supernet(), "timm_efficientnet"), settings)
+    stub = types.ModuleType("timm")
+    monkeypatch.setattr(stub, "create_model", lambda name, pretrained: model, raising=False)
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    notes: list[str] = []
+    supernet = start_from(TINY, "timm:tiny", torch.Generator(), notes.append)
+    assert supernet.normalisation == {name: list(values) for name, values in settings.items()}
+    assert notes == [
+        "supernet.pretrained: taken over from timm:tiny: mean: [0.1, 0.2, 0.3] there, [] here; std: [0.4, 0.5, 0.6] "
+        "there, [] here"
+    ]
+    assert load_pretrained("timm:tiny", TINY).normalisation == supernet.normalisation
+    stated = replace(TINY, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert load_pretrained("timm:tiny", stated).normalisation == stated.normalisation
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """Put a config.json beside weights into a repository of a hub's stub."""
+    save_file(file_of(random_supernet(), "timm_efficientnet"), tmp_path / "model.safetensors")
+    stub = types.ModuleType("huggingface_hub")
+    monkeypatch.setattr(stub, "hf_hub_download", lambda repository, name: str(tmp_path / name), raising=False)
+    monkeypatch.setattr(stub, "list_repo_files", lambda repository: ["config.json", "model.safetensors"], raising=False)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", stub)
+    return lambda config: (tmp_path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], r"hf:a/b: config\.json: expected an object, found list"),
+        ({"pretrained_cfg": [1]}, "hf:a/b: pretrained_cfg: expected an object, found list"),
+        (
+            {"pretrained_cfg": {"mean": "imagenet", "std": [0.5]}},
+            r'hf:a/b: expected "mean" and "std", as many finite numbers each.*found .*imagenet',
+        ),
+        ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}}, "hf:a/b: expected .*those of std positive"),
+        (
+            {"architecture": "mobilenetv2_100", "pretrained_cfg": {"mean": [0.5], "std": [0.5]}},
+            r"hf:a/b: mean: expected 3 values, found \[0\.5\]",
+        ),
+    ],
+)
+def test_a_damaged_configuration_on_the_hub_is_one_error(repository, config, message):
+    repository(config)
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained("hf:a/b", TINY)
+
+
+def test_a_repository_that_does_not_say_its_network_needs_a_description(repository):
+    repository({"model_type": "tiny"})
+    with pytest.raises(ConfigError, match="hf:a/b: it does not say its network; pass the ChainSpec"):
+        load_pretrained("hf:a/b")
+    assert load_pretrained("hf:a/b", TINY).normalisation is None
 
 
 def test_a_repository_of_the_hub(monkeypatch, tmp_path, v2_in_timm):

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fedofa.supernet import PUBLISHED, MobileNetV3Supernet, ProxylessSupernet, load_published, save_published
+from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.published import published_names, spellings
+from fedofa.supernet.published import load_published_weights, start_from_published
+from fedofa.supernet.published_keys import published_names, spellings
 from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
 NAME = "ofa_mbv3_d234_e346_k357_w1.0"
@@ -105,6 +107,103 @@ def test_another_number_of_classes_needs_a_word(supernet, written, tmp_path):
             assert torch.equal(tensor, fresh.shared()[name])
 
 
+def test_a_file_that_does_not_fit_is_refused_for_that_before_its_classes(written, tmp_path):
+    """Nobody is told to pass the classes of another network's file."""
+    weights = weights_of(written)
+    weights["classifier.linear.weight"] = torch.ones(7, 1280)
+    weights["classifier.linear.bias"] = torch.ones(7)
+    path = written_again(weights, tmp_path / "seven")
+    with pytest.raises(MisfitError, match="the file is of ofa_mbv3_d234_e346_k357_w1.0, not of ofa_supernet_resnet50"):
+        load_published(path, "ofa_supernet_resnet50")
+    del weights["first_conv.bn.weight"]
+    with pytest.raises(MisfitError, match=r"1 problems: missing first_conv\.bn\.weight"):
+        load_published(written_again(weights, path))
+
+
+OWN = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+
+
+def test_a_normalisation_of_ones_own_is_written_and_read(tmp_path):
+    supernet = MobileNetV3Supernet(MobileNetV3Spec(num_classes=7), torch.Generator().manual_seed(0))
+    supernet.normalisation = OWN
+    save_published(supernet, tmp_path / "own")
+    content = torch.load(tmp_path / "own", weights_only=True)
+    assert content["normalisation"] == OWN and set(content) == {"state_dict", "normalisation"}
+    assert load_published(tmp_path / "own", num_classes=7).normalisation == OWN
+    assert load_published(tmp_path / "own", num_classes=4).normalisation == OWN
+    started = MobileNetV3Supernet(MobileNetV3Spec(num_classes=7), torch.Generator())
+    start_from_published(started, tmp_path / "own")
+    assert started.normalisation == OWN
+    supernet.normalisation = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    save_published(supernet, tmp_path / "imagenets")
+    assert set(torch.load(tmp_path / "imagenets", weights_only=True)) == {"state_dict"}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        None,
+        [0.5],
+        {"mean": [0.5]},
+        {"mean": [], "std": []},
+        {"mean": "a", "std": "b"},
+        {"mean": [0.5], "std": [0.0]},
+        {"mean": [0.5, float("nan")], "std": [1.0, 1.0]},
+        {"mean": [0.5] * 3, "std": [0.5]},
+    ],
+)
+def test_a_damaged_normalisation_is_refused(written, tmp_path, found):
+    torch.save({"state_dict": weights_of(written), "normalisation": found}, tmp_path / "damaged")
+    with pytest.raises(CheckpointError, match='damaged: normalisation: expected "mean" and "std".*found .*correct it'):
+        load_published(tmp_path / "damaged")
+
+
+def test_a_supernet_of_structure_only_takes_no_weights(written):
+    structure = MobileNetV3Supernet.published()
+    for take in (
+        lambda: start_from_published(structure, written),
+        lambda: load_published_weights(structure, weights_of(written)),
+    ):
+        with pytest.raises(CheckpointError, match=r"\(mobilenet_v3\) is structure only.*build it with a generator"):
+            take()
+
+
+def test_missing_folders_are_made_and_a_path_that_cannot_be_written_is_one_error(supernet, tmp_path):
+    save_published(supernet, tmp_path / "a" / "b" / "mbv3.pth")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["mbv3.pth"]
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "a", tmp_path / "file" / "mbv3.pth"):
+        with pytest.raises(CheckpointError, match=rf"{path}: cannot be written \(.*; choose another path"):
+            save_published(supernet, path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "file"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (MobileNetV3Spec(norm="group"), r"ofa_mbv3_d234_e346_k357_w1\.0: norm: 'batch' there, 'group' here\)"),
+        (MobileNetV3Spec(in_channels=1).scaled(1.2), r"ofa_mbv3_.*_w1\.2: in_channels: 3 there, 1 here\)"),
+        (
+            replace(MobileNetV3Spec(), stages=MobileNetV3Spec().stages[:4]),
+            r"ofa_mbv3_.*_w1\.0: number of stages: 5 there, 4 here; stages\[4\]\.width: 160 there, None here; ",
+        ),
+    ],
+    ids=["norm", "channels", "stages"],
+)
+def test_what_differs_from_the_nearest_published_space_is_said(written, spec, message):
+    with pytest.raises(CheckpointError, match=f"no published format .the nearest is {message}.*Choose the settings"):
+        start_from_published(build_elastic(spec), written)
+
+
+def test_what_else_takes_a_file_is_said_where_no_published_space_is_near(written):
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    chain = build_elastic(ChainSpec((BlockSize(16), BlockSize(64, 3, 4, 2))))
+    with pytest.raises(CheckpointError, match=rf"no published format: .* supernet\.pretrained={written}, here a run"):
+        start_from_published(chain, written)
+    with pytest.raises(CheckpointError, match="A wrapped module takes the weights of a run's folder only"):
+        start_from_published(FixedSupernet(module, (1, 2, 2)), written)
+
+
 def test_a_file_of_another_family_is_refused_by_its_own_name_first_and_all_that_is_wrong(written):
     with pytest.raises(MisfitError) as caught:
         load_published(written, "ofa_supernet_resnet50")
@@ -144,8 +243,14 @@ def test_a_file_that_is_of_none_says_what_it_was_taken_for_and_how_to_choose(tmp
             lambda variance: torch.full_like(variance, 1e300, dtype=torch.float64),
             "expected finite values, found 96 of 96 that are not",
         ),
+        (
+            "blocks.1.conv.depth_conv.bn.bn.running_var",
+            torch.neg,
+            "expected variances, found 96 of 96 below 0",
+        ),
+        ("first_conv.bn.bias", Tensor.to_sparse, "expected a dense tensor, found torch.sparse_coo"),
     ],
-    ids=["integers", "not a number", "too large"],
+    ids=["integers", "not a number", "too large", "negative variance", "sparse"],
 )
 def test_values_that_are_no_weights_are_refused(written, tmp_path, key, change, problem):
     weights = weights_of(written)

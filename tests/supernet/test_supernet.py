@@ -11,6 +11,7 @@ from cohorts import SPEC, build_supernet, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedofa.supernet.families import build_elastic
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SubnetConfig
 
@@ -298,6 +299,12 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change, said
     with pytest.raises(CheckpointError, match=rf": 1 tensors are missing.*: {re.escape(said)}\. Use the supernet"):
         supernet.load_state(replace(before, tensors=tensors))
     assert supernet.state().digest() == before.digest()
+
+
+def test_a_supernet_of_structure_only_takes_no_state():
+    source = build_supernet(1)
+    with pytest.raises(CheckpointError, match=r"\(mobilenet_v3\) is structure only.*build it with a generator"):
+        build_elastic(source.spec).load_state(source.state())
 
 
 def test_a_state_whose_ordering_does_not_fit_is_refused_and_nothing_is_loaded():

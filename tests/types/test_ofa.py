@@ -54,6 +54,15 @@ def test_entries_mean_what_they_say():
     assert resnet.to_ofa()["d"] == RESNET["d"]
 
 
+def test_configurations_as_the_package_passes_them_about_are_read():
+    """Rows as numpy arrays, and "wid", which its samplers put there."""
+    expected = SubnetConfig.from_ofa({**V3, "r": 160}, "mobilenet_v3")
+    arrays = {key: np.array(row) for key, row in V3.items()}
+    assert SubnetConfig.from_ofa({**arrays, "r": np.int64(160), "wid": None}, "mobilenet_v3") == expected
+    widths = {key: np.array(row) for key, row in RESNET.items()}
+    assert SubnetConfig.from_ofa(widths, "resnet") == SubnetConfig.from_ofa(RESNET, "resnet")
+
+
 def test_entries_of_absent_blocks_do_not_matter():
     other = {**V3, "ks": [3, 3, None, 0, *V3["ks"][4:]]}
     assert SubnetConfig.from_ofa(other, "mobilenet_v3") == SubnetConfig.from_ofa(V3, "mobilenet_v3")
@@ -67,6 +76,11 @@ def test_entries_of_absent_blocks_do_not_matter():
             "mobilenet_v2",
             "no published space of family 'mobilenet_v2': expected one of mobilenet_v3, proxyless, resnet",
         ),
+        (V3, ["mobilenet_v3"], r"no published space of family \['mobilenet_v3'\]"),
+        (None, "mobilenet_v3", "expected an object, found None"),
+        ([1], "mobilenet_v3", r"expected an object, found \[1\]"),
+        ({**V3, "wid": 1.2}, "mobilenet_v3", r"missing \[\], unknown \['wid'\]"),
+        ({**V3, 1: 2}, "mobilenet_v3", r"missing \[\], unknown \['1'\]"),
         ({"ks": [3] * 20, "d": [2] * 5}, "mobilenet_v3", r"missing \['e'\], unknown \[\]"),
         ({**V3, "w": [0] * 6}, "mobilenet_v3", r"missing \[\], unknown \['w'\]"),
         ({**V3, "ks": [3] * 21}, "mobilenet_v3", "kernel: expected 20 entries, found 21"),

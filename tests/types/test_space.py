@@ -247,6 +247,14 @@ def test_check_refuses_what_no_space_method_makes(choices, parts):
             method(subnet)
 
 
+def test_arrays_serve_as_rows_and_numbers():
+    expected = SPACE.subnet(depth=2, kernel=[3, 5], resolution=16)
+    assert SPACE.subnet(depth=np.array([2]), kernel=np.array([3, 5]), resolution=np.array(16)) == expected
+    assert SubnetConfig.from_json(expected.to_json()) == expected
+    with pytest.raises(SpaceError, match="'kernel': expected 2 values"):
+        SPACE.subnet(kernel=np.array([3, 5, 7]))
+
+
 def test_a_subnet_says_which_axes_it_has():
     with pytest.raises(SpaceError, match="no axis 'width'; its axes: depth, kernel, resolution"):
         SPACE.largest()["width"]
@@ -261,7 +269,10 @@ def test_the_values_of_an_axis_are_distinct_and_ascending(values):
 @pytest.mark.parametrize(
     "value",
     [None, [], "x", {}, {"family": "toy"}, {"family": "toy", "choices": [1]}, {"family": "toy", "choices": {"a": 1}},
-     {"family": "toy", "choices": {"a": ["x"]}}, {"family": "toy", "choices": {"a": [None]}}],
+     {"family": "toy", "choices": {"a": ["x"]}}, {"family": "toy", "choices": {"a": [None]}},
+     {"family": "toy", "choices": {"a": [1.9, "2"]}}, {"family": "toy", "choices": {"a": "12"}},
+     {"family": "toy", "choices": {"a": [True]}}, {"family": "toy", "choices": {"a": {"1": 2}}},
+     {"family": None, "choices": {"a": [1]}}, {"family": 3, "choices": {}}, {"family": "toy", "choices": {1: [1]}}],
 )  # fmt: skip
 def test_from_json_refuses_what_is_not_a_configuration(value):
     with pytest.raises(SpaceError, match="not a subnet configuration"):
