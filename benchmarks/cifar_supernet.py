@@ -11,7 +11,7 @@ were not trained alone. The last line is machine-readable.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,6 @@ import numpy as np
 from conf.compose import compose_shrink_conf
 from fedofa.device.allocator import keep_freed_memory
 from fedofa.report.shrinking import plot_shrinking
-from fedofa.shrinking.sampling import PhaseSampler
-from fedofa.shrinking.schedule import ShrinkPhase
 from fedofa.supernet.base import Supernet
 from fedofa.types.space import SearchSpace, SubnetConfig
 from server.checkpoint import replace_file
@@ -38,8 +36,6 @@ _BETWEEN = ({"depth": 1, "expand": 0.75}, {"expand": 0.75})
 _NUM_RANDOM = 5
 _SUBNET_SEED = 11
 PARTS = ("head", "supernet", *ALONE)
-_SIDES = (64, 80, 96)
-"""Of growing images; the last one is what is scored."""
 _ORDER_BATCHES = 30
 """By which the largest subnet, as it has its classifier, says which channels narrower ones keep."""
 _TURNS = 3
@@ -54,7 +50,6 @@ class Job:
     steps: int
     head_steps: int
     teacher_share: float
-    growing_images: bool
     precision: str
     seed: int
     threads: int
@@ -63,9 +58,9 @@ class Job:
     def common(self, part: str) -> list[str]:
         """Overrides that all parts share."""
         return [
-            "supernet=efficientnet_lite0", f"supernet.resolutions={list(self.sides)}",
-            "data=cifar10", f"data.path={self.data_path}", "data.test_examples=1000",
-            "num_watched=0", "calibration_examples=500", f"num_threads={self.threads}", f"seed={self.seed}",
+            "supernet=efficientnet_lite0", "supernet.resolutions=[96]", "data=cifar10", f"data.path={self.data_path}",
+            "data.test_examples=1000", "num_watched=0", "calibration_examples=500",
+            f"num_threads={self.threads}", f"seed={self.seed}",
             f"output_dir={self.folder / part}", f"resume={str((self.folder / part / 'checkpoints').exists()).lower()}",
             "shrinking.learning_rate=0.05", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
             f"shrinking.precision={self.precision}",
@@ -81,14 +76,8 @@ class Job:
         common += [f"shrinking.order_batches={_ORDER_BATCHES}"]
         if part == "supernet":
             rule = [f"shrinking.num_random={_TURNS}", f"shrinking.teacher_share={self.teacher_share}"]
-            rule += [f"shrinking.growing_images={str(self.growing_images).lower()}"]
             return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", *rule]
-        return [*common, *_alone(ALONE[part], self.steps_alone(part), self.sides)]
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Of the images, in the order in which they are trained on."""
-        return _SIDES if self.growing_images else _SIDES[-1:]
+        return [*common, *_alone(ALONE[part], self.steps_alone(part))]
 
     def steps_alone(self, part: str) -> int:
         """Steps in which a size alone takes as many multiply-accumulates as the supernet."""
@@ -96,13 +85,9 @@ class Job:
         space = supernet.space
         rng = np.random.default_rng(0)
         drawn = np.mean([macs(supernet, space.sample(rng)) for _ in range(2000)])
-        ends = sum(self._mean_macs(supernet, sizes) for sizes in (_LARGEST, _SMALLEST))
+        ends = macs(supernet, space.largest()) + macs(supernet, space.smallest())
         whole = self.steps * (ends + _TURNS * drawn) / (2 + _TURNS)
-        return round(whole / self._mean_macs(supernet, ALONE[part]))
-
-    def _mean_macs(self, supernet: Supernet, sizes: Mapping[str, float]) -> float:
-        """Of a subnet over the sides that it trains on."""
-        return float(np.mean([macs(supernet, supernet.space.subnet(**sizes, resolution=side)) for side in self.sides]))
+        return round(whole / macs(supernet, space.subnet(**ALONE[part])))
 
     def claim(self) -> None:
         """Refuse a folder of other settings; its results would be printed as this job's."""
@@ -130,12 +115,10 @@ class Job:
             run_shrinking(compose_shrink_conf(self.settings(part)))
 
 
-def _alone(sizes: Mapping[str, float], steps: int, sides: Sequence[int] = _SIDES[-1:]) -> list[str]:
+def _alone(sizes: Mapping[str, float], steps: int) -> list[str]:
     """A schedule of one phase in which one subnet learns from the labels."""
     values = ",".join(f"{axis}:[{value}]" for axis, value in sizes.items())
-    values += f",resolution:{list(sides)}" if values else f"resolution:{list(sides)}"
-    growing = str(len(sides) > 1).lower()
-    phase = f"{{name:alone,steps:{steps},elastic:{{{values}}},num_random:1,teacher:none,growing_images:{growing}}}"
+    phase = f"{{name:alone,steps:{steps},elastic:{{{values}}},num_random:1,teacher:none}}"
     return ["shrinking.schedule=phases", f"shrinking.phases=[{phase}]"]
 
 
@@ -147,10 +130,9 @@ def macs(supernet: Supernet, subnet: SubnetConfig) -> int:
 def subnets(space: SearchSpace) -> dict[str, SubnetConfig]:
     """Largest, smallest and eight between: three of even sizes, five drawn at random."""
     even = {"largest": _LARGEST, "half": _HALF, "smallest": _SMALLEST, "short": _BETWEEN[0], "narrow": _BETWEEN[1]}
+    rng = np.random.default_rng(_SUBNET_SEED)
     named = {name: space.subnet(**sizes) for name, sizes in even.items()}
-    at_last_side = ShrinkPhase("any", 1, {axis.name: axis.values for axis in space.axes if not axis.is_input})
-    sampler, rng = PhaseSampler(space, at_last_side, lambda _: 0), np.random.default_rng(_SUBNET_SEED)
-    return {**named, **{f"random {number}": sampler.draw(rng)[0] for number in range(1, _NUM_RANDOM + 1)}}
+    return {**named, **{f"random {number}": space.sample(rng) for number in range(1, _NUM_RANDOM + 1)}}
 
 
 def score(job: Job, part: str) -> dict[str, float]:
@@ -184,7 +166,7 @@ def measure(job: Job) -> dict[str, Any]:
     rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
     described = {"schedule": "turns", "steps": job.steps, "seed": job.seed, "precision": job.precision}
-    described |= {"teacher_share": job.teacher_share, "growing_images": job.growing_images}
+    described["teacher_share"] = job.teacher_share
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
@@ -222,15 +204,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8400, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--teacher-share", type=float, default=0.0, help="of the loss: what the largest answered")
-    growing = "64, 80, then 96 pixels, not 96 throughout"
-    parser.add_argument("--growing-images", action=argparse.BooleanOptionalAction, default=False, help=growing)
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     given = parser.parse_args()
     keep_freed_memory()
-    names = ("steps", "head_steps", "teacher_share", "growing_images", "precision", "seed", "threads")
+    names = ("steps", "head_steps", "teacher_share", "precision", "seed", "threads")
     settings = {name: getattr(given, name) for name in names}
     job = Job(given.folder.resolve(), data_path=given.data_path.resolve(), **settings)
     unknown = sorted(set(given.parts) - set(PARTS))

@@ -359,7 +359,6 @@ class ScheduleConf:
     candidates: int = MISSING  # of "attentive": k, of which one trains
     prefer: str = MISSING  # of "attentive": "best" | "worst" of the candidates on the step's examples
     macs_targets: list[float] = MISSING  # of "attentive": MACs of the candidates; empty: as uniform subnets have them
-    growing_images: bool = MISSING  # of "sandwich", "turns", "attentive": one resolution after the other
     teacher_share: float = MISSING  # of "turns": what the largest's answers count in the others' loss, beside labels
     teacher_loss: TeacherLossConf = MISSING
     phases: list[Any] = MISSING  # of "phases": one object a phase, as fedofa.shrinking.schedule.ShrinkPhase has it

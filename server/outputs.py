@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def build_summary(
     """The content of `summary.json`."""
     totals = asdict(strategy.totals)
     records = strategy.log.read()
-    fleets = [strategy.plan] if strategy.shrinking is None else list(chain(*strategy.shrinking.fleets))
+    fleets = [strategy.plan] if strategy.shrinking is None else strategy.shrinking.fleets
     fits = [item.fit for fleet in fleets for item in fleet.assignments.values()]
     never = untrainable(parts.supernet, strategy.state, fits)
     return {
@@ -111,10 +110,7 @@ def build_summary(
 
 
 def _shrinking_row(strategy: FedOFA, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the schedule did: who can train nothing in a phase, in how many rounds whom it could not serve fully.
-
-    Where images grow, nothing at the smallest of them.
-    """
+    """What the schedule did: who can train nothing in a phase, and in how many rounds whom it could not serve fully."""
     if strategy.shrinking is None:
         return None
     phases = zip(strategy.shrinking.schedule.phases, strategy.shrinking.fleets, strict=True)
@@ -123,10 +119,10 @@ def _shrinking_row(strategy: FedOFA, records: list[dict[str, Any]]) -> dict[str,
             {
                 "name": phase.name,
                 "rounds": phase.steps,
-                "clients": len(smallest.assignments),
-                "sitting_out": dict(smallest.sitting_out),
+                "clients": len(fleet.assignments),
+                "sitting_out": dict(fleet.sitting_out),
             }
-            for phase, (smallest, *_) in phases
+            for phase, fleet in phases
         ],
         "untaught_rounds": dict(Counter(name for record in records for name in record["untaught"])),
         "sitting_out_rounds": dict(Counter(name for record in records for name in record["sitting_out"])),

@@ -72,19 +72,19 @@ class FederatedShrinking:
     planner: Planner
     loss_of: LossOf
     seed: int
-    fleets: list[list[FleetPlan]] = field(init=False, default_factory=list)
+    fleets: list[FleetPlan] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         check_channels(self.supernet, self.schedule)
         self.samplers = [PhaseSampler(self.supernet.space, phase, self._macs) for phase in self.schedule.phases]
 
     def plan(self, clients: Sequence[ClientInfo]) -> None:
-        """Find out who can train anything in each phase (where images grow, at each side), before anything trains.
+        """Find out who can train anything in each phase before anything trains.
 
         Raises:
-            ConfigError: when there is one in which nobody can.
+            ConfigError: when there is a phase in which nobody can.
         """
-        self.fleets = [[self._able(clients, stage) for stage in sampler.stages] for sampler in self.samplers]
+        self.fleets = [self._able(clients, sampler) for sampler in self.samplers]
 
     def _able(self, clients: Sequence[ClientInfo], sampler: PhaseSampler) -> FleetPlan:
         fleet = self._fits(clients, sampler, sampler.largest())
@@ -136,10 +136,9 @@ class FederatedShrinking:
             failed: clients that a repeated round does not ask again, where there are others.
             rng: draws the clients; the subnets of a round are the same in every attempt at it.
         """
-        index, within = self.schedule.phase_at(server_round - 1)
-        stage = self.samplers[index].stage_at(within)
-        sampler = self.samplers[index].stages[stage]
-        drawn = draw_cohort(self.fleets[index][stage].without(failed), clients_per_round, None, rng)
+        index, _ = self.schedule.phase_at(server_round - 1)
+        sampler = self.samplers[index]
+        drawn = draw_cohort(self.fleets[index].without(failed), clients_per_round, None, rng)
         able = sorted(drawn, key=lambda item: (-capacity(item.fit.cost), item.client.client_id))
         subnets = self.subnets(server_round, state)
         shares = deal(len(able), len(subnets))
@@ -159,8 +158,7 @@ class FederatedShrinking:
         index, within = self.schedule.phase_at(server_round - 1)
         rng = np.random.default_rng([self.seed, _SUBNETS_STREAM, server_round])
         score_of = cache(lambda subnet: -self.loss_of(state, subnet))
-        sampler = self.samplers[index]
-        drawn = sampler.stages[sampler.stage_at(within)].draw(rng, score_of, step=within)
+        drawn = self.samplers[index].draw(rng, score_of, step=within)
         return sorted(drawn, key=lambda subnet: (-self._macs(subnet), subnet.choices))
 
     def _fits(self, clients: Sequence[ClientInfo], sampler: PhaseSampler, subnet: SubnetConfig) -> FleetPlan:

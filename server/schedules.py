@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from conf.schema import ScheduleConf
@@ -18,7 +18,6 @@ _READ_BY: dict[str, tuple[Any, Sequence[str]]] = {
     "candidates": (1, ("attentive",)),
     "macs_targets": ([], ("attentive",)),
     "teacher_share": (0.0, ("turns",)),
-    "growing_images": (False, ("sandwich", "turns", "attentive")),
     "phases": ([], ("phases",)),
 }
 """Setting -> the value that says nothing, and the schedules that read it."""
@@ -53,13 +52,6 @@ def build_schedule(conf: ScheduleConf, space: SearchSpace, steps: int | None) ->
         return ShrinkSchedule.from_json({"phases": conf.phases})
     if steps is None:
         raise ConfigError(f"shrinking.steps: expected a whole number with {conf.schedule!r}, found null")
-    schedule = _named_schedule(conf, space, steps)
-    if conf.growing_images:
-        return ShrinkSchedule(tuple(replace(phase, growing_images=True) for phase in schedule.phases))
-    return schedule
-
-
-def _named_schedule(conf: ScheduleConf, space: SearchSpace, steps: int) -> ShrinkSchedule:
     loss = TeacherLoss(**{item.name: getattr(conf.teacher_loss, item.name) for item in fields(TeacherLoss)})
     match conf.schedule:
         case "progressive":

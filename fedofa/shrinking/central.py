@@ -162,8 +162,7 @@ class CentralShrinking:
         self._optimiser.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self._seed_of(_IMAGES, self.done))
-            sampler = self._samplers[index]
-            losses = self._accumulate(phase, sampler.stages[sampler.stage_at(within)], within)
+            losses = self._accumulate(phase, self._samplers[index], within)
         if not all(map(math.isfinite, losses.values())):
             raise DivergenceError(
                 f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; start again with a "

@@ -27,9 +27,6 @@ class PhaseSampler:
         phase: what may be drawn, and how.
         macs_of: counts a subnet's MACs.
 
-    Attributes:
-        stages: what draws at each resolution where images grow, smallest first; else the sampler itself.
-
     Raises:
         SpaceError: when the phase leaves the space.
         InfeasibilityError: when no subnet of the phase has about the MACs that a target asks for.
@@ -41,14 +38,7 @@ class PhaseSampler:
         self.phase = phase
         self._allowed = _restricted(space, phase.elastic)
         self._macs = lru_cache(maxsize=4096)(lambda inner: macs_of(self.outer(inner)))
-        stages = phase.stages(space)
-        self.stages = [PhaseSampler(space, stage, macs_of) for stage in stages] if phase.growing_images else [self]
-        if not phase.growing_images:
-            self._check_targets()
-
-    def stage_at(self, step: int) -> int:
-        """Which of `stages` draws the subnets of one of the phase's steps: the only one, unless images grow."""
-        return step * len(self.stages) // self.phase.steps
+        self._check_targets()
 
     def largest(self) -> SubnetConfig:
         """The largest subnet that the phase allows."""

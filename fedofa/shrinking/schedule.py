@@ -85,9 +85,6 @@ class ShrinkPhase:
             smallest, the largest again. The same compute then takes several times the steps, on other examples each.
             With a teacher in place the turns after the largest's learn on examples that it has answered: see
             `batch_of`.
-        growing_images: whether the phase's steps are shared out evenly to the resolutions that it allows, smallest
-            first, instead of one being drawn for every subnet (progressive resizing; 2104.00298, section 4). The early
-            steps then cost less.
         order_channels: whether channels are ordered by importance before the phase's first step; narrower subnets of
             earlier phases stay the networks they are.
         candidates: k; each drawn subnet is the best or worst of k that cost about the same. 1: it is drawn uniformly.
@@ -110,7 +107,6 @@ class ShrinkPhase:
     num_random: int = 1
     sandwich: bool = False
     turns: bool = False
-    growing_images: bool = False
     order_channels: bool = False
     candidates: int = 1
     prefer: str = "best"
@@ -183,26 +179,6 @@ class ShrinkPhase:
             return self.learning_rate * (step + 1) / (warmup + 1)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup)))
 
-    def stages(self, space: SearchSpace) -> tuple[ShrinkPhase, ...]:
-        """Where images grow the phase's rule at each resolution, smallest first; else the phase alone.
-
-        Raises:
-            SpaceError: when images should grow and there are no two resolutions.
-        """
-        if not self.growing_images:
-            return (self,)
-        axis = next((axis.name for axis in space.axes if axis.is_input), "resolution")
-        sides = sorted(self.elastic.get(axis, ()))
-        if len(sides) < 2:
-            raise SpaceError(
-                f"shrinking phase {self.name!r}, growing_images: expected several values of {axis!r}, found {sides}; "
-                "give supernet.resolutions more, or leave it out"
-            )
-        least = len(sides) * (self.num_turns if self.turns else 1)
-        self._expect("steps", self.steps >= least, f"at least {least}, so that every resolution has its share,")
-        alone = [{"elastic": {**self.elastic, axis: (side,)}, "name": f"{self.name}, {axis} {side}"} for side in sides]
-        return tuple(replace(self, growing_images=False, **changes) for changes in alone)
-
     def check(self, space: SearchSpace) -> None:
         """Refuse what lies outside the space.
 
@@ -219,7 +195,6 @@ class ShrinkPhase:
                 found = f"found {outside}" if values else "found none"
                 where = f"shrinking phase {self.name!r}, axis {name!r}"
                 raise SpaceError(f"{where}: expected values out of {list(allowed)}, {found}")
-        self.stages(space)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,16 +116,10 @@ def test_a_simulation_starts_from_a_shrunk_supernet(shrink, simulate, tmp_path):
         (["shrinking.schedule=fast"], "shrinking.schedule: expected one of"),
         (["shrinking.teacher_loss.kind=mse"], "loss of the teacher: expected one of"),
         (["shrinking=turns", "shrinking.teacher_share=2"], "shrinking.teacher_share: expected a number in [0, 1]"),
-        (["shrinking=progressive", "shrinking.growing_images=true"], "growing_images: only shrinking.schedule=sand"),
         (["shrinking.teacher_share=0.5"], "shrinking.teacher_share: only shrinking.schedule=turns reads it, found 0.5"),
         (["shrinking.phases=[{name: a}]"], "shrinking.phases: only shrinking.schedule=phases reads it, found"),
         (["shrinking.steps=null"], "shrinking.steps: expected a whole number with 'sandwich', found null"),
-        (
-            ["shrinking.growing_images=true", "shrinking.steps=1", "supernet.resolutions=[16,20]"],
-            "steps: expected at least 2, so that every resolution has its share",
-        ),
         (["resume_step=2"], "resume_step: expected resume=true beside resume_step=2, found false"),
-        (["shrinking.growing_images=true", "supernet.resolutions=[20]"], "growing_images: expected several values of"),
         (["shrinking=attentive", "shrinking.candidates=0"], "candidates: expected at least 1, found 0"),
         (["shrinking=attentive", "shrinking.macs_targets=[1000]"], "no subnet has 1,000 MACs; the smallest, "),
         (

@@ -1,7 +1,6 @@
 """Federated shrinking: a schedule's subnets meet a fleet's devices, and the teachers that they can hold."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,9 +135,9 @@ def test_progressive_phases_take_who_can_hold_them_and_the_frozen_largest_teache
     schedule = ShrinkSchedule.progressive(SPACE, 12)
     made = shrinking("ttssbb", schedule)
     assert schedule.phases[0].name == "largest"
-    assert set(made.fleets[0][0].assignments) == {"client-0004", "client-0005"}
-    assert "memory is exceeded" in made.fleets[0][0].sitting_out["client-0000"]
-    assert len(made.fleets[-1][0].assignments) == 6
+    assert set(made.fleets[0].assignments) == {"client-0004", "client-0005"}
+    assert "memory is exceeded" in made.fleets[0].sitting_out["client-0000"]
+    assert len(made.fleets[-1].assignments) == 6
     first = cohort_of(made)
     assert {SPACE.values(item.fit.subnet, "depth") for item in first.members} == {(2, 2)}
     assert not first.untaught
@@ -210,28 +209,6 @@ def test_in_taught_turns_all_but_the_largest_get_a_teacher():
     taught = [[item.teacher is not None for item in cohort_of(made, number).members] for number in range(1, 9)]
     assert taught[0] == taught[4] == [False] * 4
     assert taught[3] == taught[7] == [True] * 4
-
-
-def test_growing_images_are_dealt_one_resolution_after_the_other():
-    (item,) = ShrinkSchedule.sandwich(SPACE, 6).phases
-    made = shrinking("bbb", ShrinkSchedule((replace(item, growing_images=True),)))
-    sides = SPACE.axis("resolution").values
-    for number in range(1, 7):
-        members, side = cohort_of(made, number).members, sides[(number - 1) * len(sides) // 6]
-        assert members
-        assert {SPACE.values(member.fit.subnet, "resolution") for member in members} == {(side,)}
-        leading = [member for member in members if member.teacher is None]
-        assert {member.fit.subnet for member in leading} <= {SPACE.subnet(resolution=side)}
-
-
-def test_growing_images_that_nobody_can_train_at_some_side_are_refused_before_anything_trains():
-    (item,) = ShrinkSchedule.sandwich(SPACE, 6).phases
-    growing = ShrinkSchedule((replace(item, growing_images=True),))
-    with pytest.raises(ConfigError, match="phase 'sandwich, resolution 16': no client can train any subnet: .*memory"):
-        shrinking("tt", growing)
-    made = shrinking("ttb", growing)
-    assert [len(fleet.assignments) for fleet in made.fleets[0]] == [3, 1]
-    assert [len(cohort_of(made, number).members) for number in (1, 6)] == [3, 1]
 
 
 def test_a_trained_teacher_is_the_spaces_largest_in_a_phase_without_it():

@@ -29,9 +29,6 @@ SCHEDULES = {
     "sandwich": ShrinkSchedule.sandwich(SPACE, 6),
     "turns": ShrinkSchedule.turns(SPACE, 6, num_random=1),
     "taught turns": ShrinkSchedule.turns(SPACE, 36, num_random=1, teacher_share=0.5),
-    "growing images": ShrinkSchedule(
-        (ShrinkPhase("a", 6, ALL, sandwich=True, teacher="in_place", growing_images=True),)
-    ),
     "attentive": ShrinkSchedule.attentive(SPACE, 4, num_random=1, candidates=2, prefer="worst", loss=ALPHA),
 }
 

@@ -71,23 +71,6 @@ def test_in_turns_one_subnet_learns_a_step_and_every_one_has_its_turn():
     )
 
 
-def test_growing_images_are_drawn_one_resolution_after_the_other():
-    rule = {"sandwich": True, "num_random": 2, "growing_images": True}
-    growing, rng = sampler(steps=7, **rule), np.random.default_rng(0)
-    sides = [
-        {SPACE.values(subnet, "resolution")[0] for subnet in growing.stages[growing.stage_at(step)].draw(rng)}
-        for step in range(7)
-    ]
-    assert sides == [{16}] * 4 + [{20}] * 3
-    assert growing.stages[0].largest() == SPACE.subnet(resolution=16)
-    assert growing.largest() == growing.stages[1].largest() == SPACE.largest()
-    small = macs_of(SPACE.smallest()) * 1.1
-    with pytest.raises(InfeasibilityError, match="phase 'a, resolution 20': no subnet has"):  # at 16 pixels there is
-        sampler(steps=7, macs_targets=(small,), **rule)
-    alone = sampler(steps=7)
-    assert (alone.stages, alone.stage_at(6)) == ([alone], 0)
-
-
 @pytest.mark.parametrize("prefer", ["best", "worst"])
 def test_candidates_of_one_size_are_compared_and_the_best_or_worst_trains(prefer):
     asked = []

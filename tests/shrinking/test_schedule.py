@@ -94,7 +94,6 @@ def test_the_rate_rises_linearly_then_falls_by_a_cosine():
         ShrinkSchedule.sandwich(SPACE, 10, num_random=3),
         ShrinkSchedule.turns(SPACE, 10, teacher_share=0.3, loss=TeacherLoss(temperature=2.0)),
         ShrinkSchedule.attentive(SPACE, 10, candidates=5, prefer="worst", macs_targets=[1e5, 2e5]),
-        ShrinkSchedule((phase(growing_images=True, elastic={"resolution": (16, 20)}),)),
     ],
 )
 def test_a_schedule_travels_as_json(schedule):
@@ -131,23 +130,6 @@ def test_every_turn_learns_once_on_each_batch_that_the_largest_answered(sandwich
     for step, batch in enumerate(batches[kept * num_turns :], kept * num_turns):
         assert step // num_turns - kept <= batch <= step // num_turns
         assert batch not in batches[step - 10 : step], "SGD's momentum does not meet the same examples twice"
-
-
-def test_growing_images_share_the_steps_out_to_the_resolutions():
-    item = phase(growing_images=True, elastic={"kernel": (3, 7), "resolution": (20, 16)})
-    small, large = item.stages(SPACE)
-    alone = {"growing_images": False, "name": "a, resolution 16", "elastic": {"kernel": (3, 7), "resolution": (16,)}}
-    assert small == replace(item, **alone)
-    assert large.elastic["resolution"] == (20,)
-    assert phase().stages(SPACE) == (phase(),)
-    for elastic in ({}, {"resolution": (16,)}):
-        with pytest.raises(SpaceError, match="'a', growing_images: expected several values of 'resolution', found"):
-            phase(growing_images=True, elastic=elastic).check(SPACE)
-    with pytest.raises(SpaceError, match="expected several values"):
-        phase(growing_images=True, elastic={}).check(SearchSpace("fixed", ()))
-    few = replace(item, turns=True, num_random=6)
-    with pytest.raises(ConfigError, match="'a', steps: expected at least 12, so that every resolution has its share"):
-        few.check(SPACE)
 
 
 def test_without_answers_every_step_has_its_own_batch():
