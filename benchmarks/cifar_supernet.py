@@ -62,7 +62,7 @@ class Job:
             "data.test_examples=1000", "num_watched=0", "calibration_examples=500",
             f"num_threads={self.threads}", f"seed={self.seed}",
             f"output_dir={self.folder / part}", f"resume={str((self.folder / part / 'checkpoints').exists()).lower()}",
-            "shrinking.learning_rate=0.05", "shrinking.max_shift=2", "shrinking.label_smoothing=0",
+            "shrinking.max_shift=2", "shrinking.label_smoothing=0",
             f"shrinking.precision={self.precision}",
         ]  # fmt: skip
 
@@ -73,7 +73,7 @@ class Job:
             rate = ["shrinking.learning_rate=0.005", "shrinking.max_gradient_norm=0"]
             return [*common, *_alone(_LARGEST, self.head_steps), "shrinking.frozen=[stem,stages,mix]", *rate]
         common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
-        common += [f"shrinking.order_batches={_ORDER_BATCHES}"]
+        common += ["optimiser=adamw", f"shrinking.order_batches={_ORDER_BATCHES}"]
         if part == "supernet":
             rule = [f"shrinking.num_random={_TURNS}", f"shrinking.teacher_share={self.teacher_share}"]
             return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", *rule]
@@ -91,7 +91,9 @@ class Job:
 
     def claim(self) -> None:
         """Refuse a folder of other settings; its results would be printed as this job's."""
-        kept, own = self.folder / "job.json", {**asdict(self), "folder": None, "data_path": None, "threads": None}
+        given = {**asdict(self), "folder": None, "data_path": None}
+        parts = {part: _without_paths(self.settings(part)) for part in ("head", "supernet")}
+        kept, own = self.folder / "job.json", {**given, **parts}
         if kept.exists() and (found := json.loads(kept.read_text())) != own:
             differing = {name: (found.get(name), value) for name, value in own.items() if found.get(name) != value}
             raise SystemExit(f"{self.folder}: made with other settings (then, now): {differing}; give another --folder")
@@ -100,7 +102,8 @@ class Job:
 
     def started(self, part: str) -> Run:
         """A run that would start from a part's weights; scores on all test images."""
-        more = [f"supernet_weights={self.folder / part}", "data.test_examples=10000", "calibration_examples=2000"]
+        more = [f"supernet_weights={self.folder / part}", f"output_dir={self.folder / 'scores'}", "resume=false"]
+        more += ["data.test_examples=10000", "calibration_examples=2000"]
         return build_run(compose_shrink_conf([*self.common(part), *more]), self.folder)
 
     def is_trained(self, part: str) -> bool:
@@ -113,6 +116,12 @@ class Job:
             self.train("head")
         if not self.is_trained(part):
             run_shrinking(compose_shrink_conf(self.settings(part)))
+
+
+def _without_paths(overrides: list[str]) -> list[str]:
+    """What a part computes, wherever its files are, and however far it is."""
+    paths = ("output_dir=", "supernet_weights=", "data.path=", "resume=")
+    return [item for item in overrides if not item.startswith(paths)]
 
 
 def _alone(sizes: Mapping[str, float], steps: int) -> list[str]:

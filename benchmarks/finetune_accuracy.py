@@ -10,7 +10,8 @@ in the momentum. Rows that end with "steps of one" see as many images, but step 
 that nor gradients take memory then, but for one parameter's.
 
 Other levers do not change what is trained (lean operations and micro-batches have stock's gradients): federations
-train without micro-batches, and rows of one trainable set share them. Those that are there already are not run again.
+train without micro-batches, and rows of one trainable set share them. Those that are there already are not run again; a
+folder of other settings is refused.
 The last line is machine-readable: how far the best lean row within a 1/25 of stock's memory is from the best stock row,
 in points.
 """
@@ -101,6 +102,26 @@ class Study:
     seed: int
     workers: int
     data_path: Path
+
+    def claim(self) -> None:
+        """Refuse a folder of other settings; its results would be printed as this study's."""
+        kept, own = self.folder / "study.json", self.identity()
+        if not kept.exists() and any(self.folder.glob("*/")):
+            raise SystemExit(f"{self.folder}: holds runs, but no study.json with their settings; give another --folder")
+        if kept.exists() and (found := json.loads(kept.read_text())) != own:
+            names = sorted(name for name in {*found, *own} if found.get(name) != own.get(name))
+            differing = {name: (found.get(name), own.get(name)) for name in names}
+            raise SystemExit(f"{self.folder}: made with other settings (then, now): {differing}; give another --folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(kept, json.dumps(own, indent=1).encode())
+
+    def identity(self) -> dict[str, Any]:
+        """All that changes results but what rows differ by: that, and the rate, is in the names of their folders."""
+        shared = dict(item.split("=", 1) for item in self.settings())
+        elsewhere = ("data.path", "runtime.num_workers")
+        head = {"head_rounds": _HEAD_ROUNDS, "head_cohort": _HEAD_COHORT, "head_rate": _HEAD_RATE}
+        own = {"rounds": self.rounds, "cohort": self.cohort, **head}
+        return own | {name: value for name, value in shared.items() if name not in elsewhere}
 
     def run(self, row: Row, rate: float) -> dict[str, Any]:
         """The summary of the row's federation, run unless it is there."""
@@ -268,6 +289,7 @@ def main() -> None:
         name: getattr(given, name) for name in ("rounds", "cohort", "steps", "test_examples", "seed", "workers")
     }
     study = Study(**paths, **settings)
+    study.claim()
     rows = [study.best(named[name]) for name in given.rows]
     replace_file(study.folder / "result.json", json.dumps(rows, indent=1).encode())
     draw(rows, study.folder / "accuracy_vs_memory.png")

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before numpy is loaded, as every command of fedofa sets it
 
 from conf.compose import compose_predictor_conf, compose_profile_conf
+from conf.multirun import key_of, parse_overrides
 from fedofa.device.engines import ENGINES
 from server.predictor import run_predictor
 from server.profile import run_profile, summary_lines
@@ -24,6 +25,7 @@ _FIGURES = {
     "memory_least_ratio": "memory_least_ratio",
     "memory_greatest_ratio": "memory_greatest_ratio",
 }
+_OF_PREDICTOR = ("supernet", "in_channels", "num_classes", "seed")
 
 
 def main() -> None:
@@ -50,11 +52,18 @@ def main() -> None:
 
 def accuracy_rank(pairs: Path, folder: Path, overrides: list[str]) -> float:
     """The rank correlation of a predictor that is trained on a part of the pairs with the others."""
-    settings = [item for item in overrides if item.split("=")[0] in ("supernet", "in_channels", "num_classes", "seed")]
-    conf = compose_predictor_conf([*settings, f"pairs={pairs}", f"output={folder / 'predictor.safetensors'}"])
+    conf = compose_predictor_conf(
+        [*shared_settings(overrides), f"pairs={pairs}", f"output={folder / 'predictor.safetensors'}"]
+    )
     held_out = run_predictor(conf)
     print(f"accuracy predictor: rank correlation {held_out.rank_correlation:.3f} on {held_out.num_held_out} pairs")
     return held_out.rank_correlation
+
+
+def shared_settings(overrides: list[str]) -> list[str]:
+    """The settings of fedofa profile that fedofa predictor has too."""
+    parsed = zip(overrides, parse_overrides(overrides), strict=True)
+    return [text for text, item in parsed if key_of(item).split(".")[0] in _OF_PREDICTOR]
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from flwr.app import Context
 
+from clients.examples import load_examples
 from conf.compose import load_conf
-from conf.schema import DataConf, DeviceClassConf, SimulateConf
-from fedofa.data.federation import ClientData, FederatedData, load_federation
-from fedofa.data.partition import PartitionSpec
+from conf.schema import DeviceClassConf, SimulateConf
+from fedofa.data.federation import ClientData, FederatedData
 from fedofa.device.fleet import assign_profiles
 from fedofa.device.profile import check_machine, load_device
 from fedofa.types.device import DeviceProfile
@@ -76,22 +76,8 @@ def _simulation(
 
 
 def federation(conf: SimulateConf) -> FederatedData:
-    """The partitioned data of a run; memory-mapped and cached, so that processes share its pages."""
-    spec = PartitionSpec(
-        kind=conf.partition.kind,
-        num_clients=conf.fleet.num_clients,
-        alpha=conf.partition.alpha,
-        classes_per_client=conf.partition.classes_per_client,
-        min_examples=conf.partition.min_examples,
-        client_test_fraction=conf.partition.client_test_fraction,
-        test_examples=conf.data.test_examples,
-        calibration_examples=conf.data.calibration_examples,
-        seed=conf.seed,
-    )
-    path = Path(conf.data.path).expanduser() if conf.data.path else None
-    common = {field.name for field in fields(DataConf)}
-    own = {name: value for name, value in asdict(conf.data).items() if name not in common}
-    return load_federation(conf.data.name, path, Path(conf.data.cache_dir).expanduser(), spec, own)
+    """The partitioned data of a run."""
+    return load_examples(conf.data, conf.seed, num_clients=conf.fleet.num_clients, **asdict(conf.partition))
 
 
 def fleet_profiles(conf: SimulateConf) -> tuple[DeviceProfile, ...]:

@@ -41,10 +41,11 @@ def train(examples: Examples, task: ClientTask, received: Received, client_id: s
 
 
 def score(examples: Examples, task: ClientTask, received: Received) -> Score:
-    """Score the task's subnet."""
+    """Score the task's subnet, as many examples at a time as training takes, which the device's memory holds."""
     torch.set_num_threads(1)
     model, supernet = _subnets.load(task, received)
-    return evaluate(model, *_inputs(examples, task, task.subnet, supernet))
+    batch_size = LocalTraining(**task.training).batch_size
+    return evaluate(model, *_inputs(examples, task, task.subnet, supernet), batch_size=batch_size)
 
 
 def statistics(examples: Examples, task: ClientTask, received: Received) -> StatisticSums:

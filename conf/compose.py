@@ -10,10 +10,12 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any, TypeVar, cast, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -39,6 +41,8 @@ _COMMANDS: dict[type, str] = {
     PredictorConf: " predictor",
 }
 """What follows `fedofa settings` for the settings of each command but `simulate`."""
+MAX_SEED = 2**63 - 1
+"""Torch takes no larger one."""
 
 
 def compose_conf(overrides: Sequence[str] = ()) -> SimulateConf:
@@ -72,6 +76,8 @@ def compose_predictor_conf(overrides: Sequence[str] = ()) -> PredictorConf:
 
 def _composed(primary: str, schema: type[C], overrides: Sequence[str]) -> C:
     try:
+        if schema is not SimulateConf:
+            _check_known(overrides, schema)
         GlobalHydra.instance().clear()
         with initialize_config_module("conf", version_base="1.3"):
             composed = compose(primary, list(overrides))
@@ -105,9 +111,23 @@ def check_conf(composed: DictConfig, schema: type[C] = SimulateConf) -> C:
         if missing:
             raise ConfigError(f"settings without a value: {', '.join(missing)}; give them as key=value")
         checked.supernet = OmegaConf.to_container(supernet, resolve=True)
-        return cast(C, OmegaConf.to_object(checked))
+        conf = cast(C, OmegaConf.to_object(checked))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error, schema=schema)) from error
+    if not 0 <= conf.seed <= MAX_SEED:
+        raise ConfigError(f"seed: expected a whole number from 0 to {MAX_SEED}, found {conf.seed}; choose one of these")
+    return conf
+
+
+def _check_known(overrides: Sequence[str], schema: type) -> None:
+    """Refuse settings of other commands: a data set or a schedule may state some, which `_is_plain` leaves out."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        name = re.split("[./]", override.key_or_group)[0]
+        if name in get_type_hints(schema) or name in (*_groups(schema), "hydra"):
+            continue
+        if name == override.key_or_group and _is_group(name):
+            raise ConfigError(_no_such_group(name, schema))
+        raise ConfigError(f"{name}: unknown setting{_closest(name, schema)}")
 
 
 def _is_plain(key: str, schema: type) -> bool:
@@ -132,6 +152,9 @@ def explain(error: Exception, prefix: str = "", schema: type = SimulateConf) -> 
     text = str(error).strip()
     key = getattr(cause, "full_key", None) or _first(r"[Kk]ey '([^']+)'", text) or _first(r"full_key: (\S+)", text)
     reason = str(cause).strip().splitlines()[0]
+    alien = re.search(r"Could not override '([^']+)'\.(?:\nDid you mean to override (.+)\?)?", text)
+    if alien and _is_group(alien[1]):
+        return f"{alien[1]}: did you mean {alien[2]}?" if alien[2] else _no_such_group(alien[1], schema)
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
         options = _first(r"(?s)Available options in '[^']+':\n(.*?)(?:\n\S|$)", text) or ""
@@ -153,14 +176,22 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _groups(schema: type) -> list[str]:
     """The settings that are whole files."""
-    hints = get_type_hints(schema)
-    return [name for name, kind in hints.items() if name == "supernet" or (is_dataclass(kind) and name != "evaluation")]
+    found = [name for name in get_type_hints(schema) if _is_group(name)]
+    return [*found, "optimiser"] if schema is ShrinkConf else found
+
+
+def _is_group(name: str) -> bool:
+    return (files("conf") / name).is_dir()
+
+
+def _no_such_group(name: str, schema: type) -> str:
+    return f"{name}: no such group here; groups: {', '.join(_groups(schema))}"
 
 
 def _closest(key: str, schema: type) -> str:
     if key in known_keys(schema):
         return f"; {key.partition('.')[0]} of another kind has it"
-    close = difflib.get_close_matches(key, sorted(known_keys(schema)), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, sorted({*known_keys(schema), *_groups(schema)}), n=1, cutoff=0.5)
     command = f"fedofa settings{_COMMANDS.get(schema, '')}"
     return f"; did you mean {close[0]!r}?" if close else f"; `{command}` prints all of them"
 

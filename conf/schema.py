@@ -391,8 +391,9 @@ class SimulateConf:
 class ShrinkingConf(ScheduleConf):
     """How a supernet is trained centrally."""
 
+    optimiser: str = MISSING  # "sgd" | "adamw"; the group `optimiser` sets it with a rate and a decay that suit
     learning_rate: float = MISSING
-    momentum: float = MISSING
+    momentum: float = MISSING  # AdamW's beta 1
     weight_decay: float = MISSING
     batch_size: int = MISSING
     label_smoothing: float = MISSING

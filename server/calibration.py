@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from flwr.app import Message
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clients.records import packed_buffer, packed_content
 from fedofa.device.cost import forward_bytes
-from fedofa.evaluation.calibration import merge_sums
+from fedofa.evaluation.calibration import CALIBRATION_BATCH, merge_sums
 from fedofa.types.errors import DeltaError, QuorumError, WireError
 from fedofa.types.space import SubnetConfig
 from fedofa.types.state import SharedState
@@ -123,7 +123,8 @@ class FleetCalibration:
         if client.profile.engine == COMPILED:
             return False
         blocks = self.scorer.supernet.block_costs(subnet)
-        return forward_bytes(blocks, self.planner.work(client.num_train)) <= client.profile.memory_bytes
+        work = replace(self.planner.work(client.num_train), batch_size=CALIBRATION_BATCH)
+        return forward_bytes(blocks, work) <= client.profile.memory_bytes
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ commands:
               and so for profile, predictor and search
 
 Settings are Hydra overrides; groups (data, partition, fleet, supernet, finetune, aggregation, shrinking, runtime,
-tracking; for shrink data, supernet, shrinking) take the name of a file under conf/."""
+tracking; for shrink data, supernet, shrinking, optimiser) take the name of a file under conf/."""
 
 _MULTIRUN = {"-m", "--multirun"}
 

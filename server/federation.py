@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clients.local import federation, fleet_profiles
@@ -46,7 +47,7 @@ from server.rounds import RoundLog
 from server.schedules import check_read, federated_schedule
 from server.scoring import Scorer
 from server.settings import FederationSettings
-from server.starting import check_start
+from server.starting import check_start, fingerprint
 from server.strategy import FedOFA
 from server.structure import PRETRAINED, describe_structure
 from server.tracking.backends import check_tracking
@@ -79,10 +80,13 @@ class Parts:
     scorer: Scorer
     schedule: ShrinkSchedule | None = None
     assigner: FleetAssigner | None = None
+    ordering: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of the channels at the start; a run whose phases order them leaves another in the supernet."""
 
     def strategy(self, output_dir: Path, *, uniform: bool = False) -> FedOFA:
-        """A strategy at round 0, which keeps its checkpoints and diary in `output_dir`."""
+        """A strategy at round 0 and a supernet at its start; checkpoints and diary are kept in `output_dir`."""
         conf = self.conf
+        self.supernet.set_ordering(self.ordering)
         settings = FederationSettings(
             seed=conf.seed,
             clients_per_round=conf.fleet.clients_per_round,
@@ -171,7 +175,8 @@ def build_parts(conf: SimulateConf) -> Parts:
     )
     schedule = _schedule(conf, supernet, data)
     assigner = _assigner(conf, supernet, search) if by == "search" else None
-    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner)
+    ordering = dict(supernet.ordering)
+    parts = Parts(conf, data, supernet, search, training, optimiser, scorer, schedule, assigner, ordering)
     if parts.schedule is not None:  # a phase that leaves the space is refused before anything starts
         parts.shrinking(parts.schedule, Planner(search, training, conf.fleet.round_seconds, "float32"))
     return parts
@@ -280,6 +285,7 @@ def run_identity(conf: SimulateConf, *, uniform: bool) -> dict[str, Any]:
         settings["assignment"]["predictor"] = hashlib.sha256(content).hexdigest()[:16]
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
+    settings["supernet_weights"] = fingerprint(conf.supernet_weights)
     settings["uniform"] = uniform
     return flat_settings(settings)
 
@@ -385,12 +391,10 @@ def _check(conf: SimulateConf) -> None:
         raise ConfigError(f"fleet.quorum_fraction: expected a number in [0, 1], found {conf.fleet.quorum_fraction}")
     if not conf.fleet.join_seconds >= 0:
         raise ConfigError(f"fleet.join_seconds: expected a number of at least 0, found {conf.fleet.join_seconds!r}")
-    counted = {"seed": conf.seed, "evaluation.pairs_per_round": conf.evaluation.pairs_per_round}
-    negative = [
-        f"{name}: expected a number of at least 0, found {value}" for name, value in counted.items() if value < 0
-    ]
-    if negative:
-        raise ConfigError(negative[0])
+    if conf.evaluation.pairs_per_round < 0:
+        raise ConfigError(
+            f"evaluation.pairs_per_round: expected a number of at least 0, found {conf.evaluation.pairs_per_round}"
+        )
     if conf.fleet.clients_per_round > MAX_DELTAS:
         raise ConfigError(
             f"fleet.clients_per_round: expected at most {MAX_DELTAS}, found {conf.fleet.clients_per_round}"

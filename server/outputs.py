@@ -23,10 +23,10 @@ from fedofa.types.space import SubnetConfig
 from server.checkpoint import replace_file
 from server.federation import Parts
 from server.fleet import untrainable
+from server.starting import holds_run
 from server.strategy import FedOFA
 from server.weights import write_supernet
 
-_MARKERS = ("checkpoints", "rounds.jsonl", "steps.jsonl", "summary.json")
 _VERSIONS = ("fedofa", "torch", "numpy", "flwr")
 COMPARISON_NAME = "FedAvg on the weakest device's subnet"
 
@@ -55,7 +55,7 @@ def exclusive(output_dir: Path) -> Iterator[None]:
 
 def set_aside(output_dir: Path) -> None:
     """Move an earlier run out of the way, so that nothing is lost: "simulate" becomes "simulate.<date and time>"."""
-    if any((output_dir / marker).exists() for marker in _MARKERS):
+    if holds_run(output_dir):
         stamp = time.strftime("%Y-%m-%dT%H-%M-%S")
         target, number = output_dir.with_name(f"{output_dir.name}.{stamp}"), 1
         while target.exists():

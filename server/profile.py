@@ -147,7 +147,7 @@ def _structure(conf: ProfileConf) -> dict[str, Any]:
 
 def _check(conf: ProfileConf) -> None:
     """Settings that only their meaning can refuse."""
-    least = {"calibration_subnets": 8, "validation_subnets": 2, "seed": 0, "in_channels": 1, "num_classes": 1}
+    least = {"calibration_subnets": 8, "validation_subnets": 2, "in_channels": 1, "num_classes": 1}
     for name, minimum in least.items():
         if getattr(conf, name) < minimum:
             raise ConfigError(f"{name}: expected at least {minimum}, found {getattr(conf, name)!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,29 +12,29 @@ from fedofa.types.space import SearchSpace
 
 SCHEDULES = ("progressive", "sandwich", "turns", "attentive", "phases")
 
-
-_READ_BY: dict[str, tuple[Any, Sequence[str]]] = {
-    "candidates": (1, ("attentive",)),
-    "macs_targets": ([], ("attentive",)),
-    "teacher_share": (0.0, ("turns",)),
-    "phases": ([], ("phases",)),
+_READ_BY: dict[str, tuple[Any, str, str | None]] = {
+    "candidates": (1, "attentive", "candidates"),
+    "prefer": ("best", "attentive", "prefer"),
+    "macs_targets": ([], "attentive", "macs_targets"),
+    "teacher_share": (0.0, "turns", "teacher_weight"),
+    "phases": ([], "phases", None),
 }
-"""Setting -> the value that says nothing, and the schedules that read it."""
+"""Setting -> the value that says nothing, the schedule that reads it, and what a phase of a list has instead."""
 
 
 def check_read(conf: ScheduleConf) -> None:
     """Refuse a setting that the schedule would not read.
 
     Raises:
-        ConfigError: naming it and the schedules that do.
+        ConfigError: naming it and the schedule that does.
     """
-    for name, (neutral, schedules) in _READ_BY.items():
+    for name, (neutral, schedule, of_phase) in _READ_BY.items():
         found = getattr(conf, name)
-        if found != neutral and conf.schedule not in schedules:
-            also = "" if name == "phases" else "; a phase of shrinking.phases has such a setting of its own"
+        if found != neutral and conf.schedule != schedule:
+            also = f"; in shrinking.phases a phase's {of_phase!r} says it" if of_phase else ""
             raise ConfigError(
-                f"shrinking.{name}: only shrinking.schedule={'|'.join(schedules)} reads it, found {found!r} with "
-                f"{conf.schedule!r}; leave it out, or choose such a schedule{also}"
+                f"shrinking.{name}: only shrinking.schedule={schedule} reads it, found {found!r} with "
+                f"{conf.schedule!r}; leave it out, or choose that schedule{also}"
             )
 
 

@@ -75,5 +75,4 @@ def _restore(strategy: FedOFA, conf: SimulateConf) -> None:
             f"{conf.rounds}; ask for at least as many rounds, or for an older one with resume_round"
         )
     strategy.restore(checkpoint)
-    if not strategy.settings.uniform:
-        strategy.supernet.set_ordering(checkpoint.state.ordering)
+    strategy.supernet.set_ordering(checkpoint.state.ordering)

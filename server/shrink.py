@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from clients.examples import load_examples
 from conf.compose import encode_conf
 from conf.schema import ShrinkConf
-from fedofa.data.federation import Examples, FederatedData, load_federation
-from fedofa.data.partition import PartitionSpec
+from fedofa.data.federation import Examples, FederatedData
 from fedofa.device.allocator import keep_freed_memory
 from fedofa.evaluation.metrics import Score
 from fedofa.report.shrinking import plot_shrinking
-from fedofa.shrinking.central import CentralShrinking, CentralTraining, ShrinkStep
+from fedofa.shrinking.central import CentralShrinking, ShrinkStep
+from fedofa.shrinking.recipe import CentralTraining
 from fedofa.supernet.base import Supernet
-from fedofa.types.errors import ConfigError
+from fedofa.types.errors import ConfigError, DivergenceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
 from server.checkpoint import Checkpoint, CheckpointStore, Totals, replace_file
@@ -31,7 +33,7 @@ from server.resources import Stopwatch
 from server.rounds import RoundLog
 from server.schedules import build_schedule
 from server.scoring import Scorer
-from server.starting import check_start
+from server.starting import check_start, fingerprint
 from server.weights import normalisation_for, start_from, write_supernet
 
 _WATCHED, _CALIBRATION = 11, 12
@@ -69,6 +71,7 @@ class Run:
     scorer: Scorer
     checkpoints: CheckpointStore
     log: RoundLog
+    identity: Mapping[str, Any]
 
 
 def run_shrinking(conf: ShrinkConf) -> None:
@@ -77,6 +80,7 @@ def run_shrinking(conf: ShrinkConf) -> None:
     Raises:
         FedofaError: saying in one line what is wrong; bad settings and missing data show before anything is written.
     """
+    _check(conf)
     keep_freed_memory()
     torch.set_num_threads(conf.num_threads)
     output_dir = Path(conf.output_dir).resolve()
@@ -108,22 +112,13 @@ def build_run(conf: ShrinkConf, output_dir: Path) -> Run:
     )
     scorer = Scorer(supernet, data.global_test, _calibration(conf, train), normalisation)
     checkpoints = CheckpointStore(output_dir / "checkpoints", "step")
-    return Run(conf, supernet, shrinking, scorer, checkpoints, RoundLog(output_dir / "steps.jsonl"))
+    return Run(conf, supernet, shrinking, scorer, checkpoints, RoundLog(output_dir / "steps.jsonl"), _identity(conf))
 
 
 def _load_data(conf: ShrinkConf) -> FederatedData:
     """The same test set as a simulation with this seed has, and one client that holds all the rest."""
-    spec = PartitionSpec(
-        kind="iid",
-        num_clients=1,
-        min_examples=2,
-        client_test_fraction=0.0,
-        test_examples=conf.data.test_examples,
-        calibration_examples=conf.data.calibration_examples,
-        seed=conf.seed,
-    )
-    path = Path(conf.data.path) if conf.data.path else None
-    return load_federation(conf.data.name, path, Path(conf.data.cache_dir).expanduser(), spec)
+    whole = {"kind": "iid", "num_clients": 1, "min_examples": 2, "client_test_fraction": 0.0}
+    return load_examples(conf.data, conf.seed, **whole)
 
 
 def _calibration(conf: ShrinkConf, train: Examples) -> Examples:
@@ -143,7 +138,7 @@ def _watched(space: SearchSpace, conf: ShrinkConf) -> dict[str, SubnetConfig]:
 
 def _restore(run: Run) -> Totals:
     """Go on from a checkpoint, where there is one."""
-    checkpoint = run.checkpoints.load(_identity(run.conf), run.conf.resume_step)
+    checkpoint = run.checkpoints.load(run.identity, run.conf.resume_step)
     if checkpoint is None:
         run.log.cut(0)
         return Totals()
@@ -166,7 +161,7 @@ def _train(run: Run, earlier: Totals) -> Totals:
             if keep:
                 totals = _added(earlier, watch)
                 state = shrinking.state()
-                run.checkpoints.save(Checkpoint(shrinking.done, state, {}, totals, _identity(run.conf), "", log_bytes))
+                run.checkpoints.save(Checkpoint(shrinking.done, state, {}, totals, run.identity, "", log_bytes))
     return totals
 
 
@@ -186,6 +181,7 @@ def _identity(conf: ShrinkConf) -> dict[str, Any]:
         settings.pop(name)
     settings["data"].pop("cache_dir")
     settings["data"].pop("path")
+    settings["supernet_weights"] = fingerprint(conf.supernet_weights)
     return flat_settings(settings)
 
 
@@ -194,6 +190,11 @@ def _write_outputs(
 ) -> None:
     state = with_largest_statistics(run)
     after = run.scorer.score(state, watched)
+    if not all(math.isfinite(score.loss) for score in after.values()):
+        raise DivergenceError(
+            f"shrinking, step {run.shrinking.done}: the trained subnets' losses are not finite, so nothing but the "
+            "checkpoints is written; start again with a lower shrinking.learning_rate"
+        )
     raw = run.scorer.score_uncalibrated(state, watched) if run.scorer.calibrates else {}
     rows = []
     for name, subnet in watched.items():
@@ -234,7 +235,7 @@ def with_largest_statistics(run: Run) -> SharedState:
 
 def _check(conf: ShrinkConf) -> None:
     """Settings that only their meaning can refuse; those of the schedule and the recipe refuse theirs."""
-    least = {"num_threads": 1, "checkpoint_every": 1, "num_watched": 0, "calibration_examples": 2, "seed": 0}
+    least = {"num_threads": 1, "checkpoint_every": 1, "num_watched": 0, "calibration_examples": 2}
     for name, minimum in least.items():
         if getattr(conf, name) < minimum:
             raise ConfigError(f"{name}: expected at least {minimum}, found {getattr(conf, name)!r}")

@@ -6,7 +6,7 @@ A run leaves `supernet.safetensors` and `supernet.json` in its folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from safetensors.numpy import save as save_tensors
 
 from fedofa.data.sources import ImageSet
 from fedofa.supernet.base import Supernet
+from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.network import is_lite
+from fedofa.supernet.pretrained import DETAILS
 from fedofa.supernet.published import start_from_published
-from fedofa.supernet.weights_file import is_normalisation, listed, value_problem
+from fedofa.supernet.weights_file import checked_normalisation, listed, value_problem
 from fedofa.types.errors import CheckpointError, MisfitError, SpaceError
 from fedofa.types.state import SharedState
 from server.checkpoint import replace_file
@@ -28,8 +30,8 @@ from server.checkpoint import replace_file
 _TENSORS, _DESCRIPTION = "supernet.safetensors", "supernet.json"
 _ORDERING = "ordering/"
 _SHOWN = 20
-_MAY_DIFFER = ("dropout", "lite_residual")
-"""Settings of a supernet that change none of the weights that both have."""
+_MAY_DIFFER = ("dropout", "lite_residual", "mean", "std")
+"""Settings of a supernet that change none of the weights that both have; a folder has its own normalisation."""
 
 
 def write_supernet(
@@ -55,7 +57,7 @@ def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> st
 
     Args:
         supernet: of the space that the weights are of.
-        path: the folder, or its `supernet.safetensors`, or a published Once-for-All checkpoint.
+        path: the folder, or one of the two files in it, or a published Once-for-All checkpoint.
         generator: draws the classifier where a published file's has another number of classes.
 
     Returns:
@@ -65,10 +67,24 @@ def start_from(supernet: Supernet, path: Path, generator: torch.Generator) -> st
         CheckpointError: when a file is missing or damaged, or holds a supernet of another space (the settings that
             differ are named).
     """
-    if path.is_file() and path.name != _TENSORS:
+    folder = _folder_of(path)
+    if folder is None:
         return _start_from_file(supernet, path, generator)
-    _start_from_folder(supernet, path.parent if path.name == _TENSORS else path)
+    _start_from_folder(supernet, folder)
     return None
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that `start_from` reads."""
+    folder = _folder_of(path)
+    return (path,) if folder is None else (folder / _TENSORS, folder / _DESCRIPTION)
+
+
+def _folder_of(path: Path) -> Path | None:
+    """The run's folder that is meant; None for a published file."""
+    if path.name in (_TENSORS, _DESCRIPTION):
+        return path.parent
+    return None if path.is_file() else path
 
 
 def normalisation_for(supernet: Supernet, images: ImageSet) -> dict[str, list[float]]:
@@ -119,7 +135,8 @@ def _start_from_folder(supernet: Supernet, folder: Path) -> None:
         )
     _check_description(folder, description, supernet.description())
     if normalisation:
-        _check_normalisation(folder, normalisation)
+        where, advice = f"supernet_weights: {folder / _DESCRIPTION}: normalisation", "correct it, or remove it to use"
+        normalisation = checked_normalisation(normalisation, where, f"{advice} the data's own")
     ordering = {name.removeprefix(_ORDERING): item for name, item in arrays.items() if name.startswith(_ORDERING)}
     tensors = {name: item for name, item in arrays.items() if not name.startswith(_ORDERING)}
     if not any(map(is_lite, tensors)):  # branches that are added now begin as this run draws them
@@ -142,22 +159,23 @@ def _check_values(path: Path, supernet: Supernet, arrays: Mapping[str, np.ndarra
         raise MisfitError(f"supernet_weights: {path}: {len(found)} problems: {listed(found, _SHOWN)}", found)
 
 
-def _check_normalisation(folder: Path, found: Any) -> None:
-    if not is_normalisation(found):
-        raise CheckpointError(
-            f'supernet_weights: {folder / _DESCRIPTION}: normalisation: expected "mean" and "std", as many finite '
-            f"numbers each and those of std positive, found {found!r}; correct it, or remove it to use the data's own"
-        )
-
-
 def _check_description(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    differing = [
-        f"{name}: {found.get(name)!r} there, {expected.get(name)!r} here"
+    names = [
+        name
         for name in sorted(found.keys() | expected.keys())
         if name not in _MAY_DIFFER and found.get(name) != expected.get(name)
     ]
-    if differing:
+    if names:
+        said = [f"{name}: {found.get(name)!r} there, {expected.get(name)!r} here" for name in names]
         raise CheckpointError(
-            f"supernet_weights: {folder} holds a supernet of another space: {'; '.join(differing[:5])}. Use the "
-            "supernet settings and data that it was made with"
+            f"supernet_weights: {folder} holds a supernet of another space: {'; '.join(said[:5])}. Use the "
+            f"supernet settings and data that it was made with{_overrides(found, names)}"
         )
+
+
+def _overrides(found: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Where only that differs which a pretrained source says of its network: the overrides that say the same."""
+    if found.get("family") != ChainSpec.family or not set(names) <= set(DETAILS):
+        return ""
+    given = " ".join(f"supernet.{name}={found.get(name)}" for name in names)
+    return f"; where it took these over from its pretrained network, give {given} supernet.pretrained=null"

@@ -171,14 +171,17 @@ class AnalyticCostModel(CostModel):
 
 
 def forward_bytes(blocks: Sequence[BlockCost], work: LocalWork, *, beside: int = 0) -> int:
-    """Peak memory of a forward pass over all examples without gradients, above the engine's floor.
+    """Peak memory of forward passes over all examples without gradients, above the engine's floor.
 
-    Weights, the received copy, inputs, the widest temporary of a batch and the logits.
+    Weights, the received copy, inputs and logits, and what a batch has at a time: a block's input beside four of its
+    widest tensors (a convolution's input and output, their copies in the layout that it runs in).
 
     Args:
+        work: of which the number of examples and the size of a batch matter.
         beside: values that are in memory at the same time.
     """
     values = 2 * sum(block.num_parameters + block.num_statistics for block in blocks) + beside
-    temporary = 2 * max(block.widest_elements for block in blocks) * min(work.batch_size + 1, work.num_examples)
+    widest = max(block.input_elements + 4 * block.widest_elements for block in blocks)
+    temporary = widest * min(work.batch_size + 1, work.num_examples)
     own = blocks[0].input_elements + blocks[-1].output_elements
     return _BYTES * (values + temporary + work.num_examples * own)

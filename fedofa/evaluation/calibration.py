@@ -18,8 +18,8 @@ from fedofa.types.statistics import ChannelSums, StatisticSums
 
 CALIBRATION_BATCH = 100
 """Examples that pass through a subnet together while it is observed."""
-_PART_VALUES = 1 << 20
-"""Squared at a time: 4 MB."""
+_PART_VALUES = 1 << 17
+"""Squared at a time: 512 kB."""
 
 
 class _Observer:

@@ -22,6 +22,8 @@ from fedofa.finetune.ops.depthwise import FastDepthwise
 from fedofa.finetune.trainer import shifted
 from fedofa.shrinking.channels import check_channels, kept_widths, sorted_channels, with_channels
 from fedofa.shrinking.losses import build_distance
+from fedofa.shrinking.optimiser import CentralOptimiser
+from fedofa.shrinking.recipe import CentralTraining
 from fedofa.shrinking.sampling import PhaseSampler
 from fedofa.shrinking.schedule import ShrinkPhase, ShrinkSchedule
 from fedofa.supernet.base import Supernet
@@ -32,57 +34,6 @@ from fedofa.types.state import SharedState
 
 _SUBNETS, _ORDER, _IMAGES, _CHANNELS = 1, 2, 3, 4
 """Tell the random numbers of subnets, the examples' order, augmentation and dropout, and channels' importance apart."""
-
-PRECISIONS = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True, slots=True)
-class CentralTraining:
-    """The optimiser's recipe: SGD with Nesterov momentum.
-
-    Args:
-        learning_rate: at its highest; the schedule says how it runs.
-        momentum: of SGD.
-        weight_decay: of convolutions and the classifier; norms, biases and kernel matrices (which would shrink towards
-            zero, not towards the identity) do not decay.
-        batch_size: examples a step; every subnet of the step sees the same ones.
-        label_smoothing: share of the target spread over all classes.
-        max_gradient_norm: the summed gradients are scaled down to this L2 norm; 0 leaves them as they are.
-        max_shift: each image is moved by up to so many pixels along both sides.
-        frozen: names of parts ("stem", "stages.0") whose parameters stay as they are; their norms still use the
-            batch's statistics, as every other does, so that calibration afterwards suits them too.
-        order_batches: batches of training examples on which the largest subnet says which channels narrower ones keep
-            (`importance.measured_ordering`): before the first step, and where a phase orders channels. 0: the first
-            phase keeps the ordering that the supernet has, a phase that orders channels does so by L1 importance.
-        precision: of the convolutions and matrix products, "float32" or "bfloat16" (autocast: weights, gradients,
-            statistics and losses stay float32). The latter pays on processors that multiply bfloat16 themselves.
-    """
-
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 3e-5
-    batch_size: int = 64
-    label_smoothing: float = 0.1
-    max_gradient_norm: float = 1.0
-    max_shift: int = 0
-    frozen: tuple[str, ...] = ()
-    order_batches: int = 0
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        self._expect("learning_rate", 0 < self.learning_rate < math.inf, "a positive number")
-        self._expect("momentum", 0 < self.momentum < 1, "a number in (0, 1)")
-        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "a number of at least 0")
-        self._expect("batch_size", self.batch_size >= 2, "at least 2")
-        self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)")
-        self._expect("max_gradient_norm", 0 <= self.max_gradient_norm < math.inf, "a number of at least 0")
-        self._expect("max_shift", self.max_shift >= 0, "at least 0")
-        self._expect("order_batches", self.order_batches >= 0, "at least 0")
-        self._expect("precision", self.precision in PRECISIONS, f"one of {list(PRECISIONS)}")
-
-    def _expect(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ConfigError(f"shrinking.{name}: expected {wanted}, found {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +90,7 @@ class CentralShrinking:
         self._mean, self._std = tuple(mean), tuple(std)
         self._samplers = [PhaseSampler(supernet.space, phase, self._macs) for phase in schedule.phases]
         self._parameters = _freeze(dict(supernet.network.named_parameters()), training.frozen)
-        self._optimiser = _build_optimiser(self._parameters, training)
+        self._optimiser = CentralOptimiser(self._parameters, training)
         self._teacher: dict[str, Tensor] | None = None
         self._teacher_module: nn.Module | None = None
         self._answers: dict[int, Tensor] = {}
@@ -148,10 +99,12 @@ class CentralShrinking:
         """Take the next step.
 
         Raises:
-            DivergenceError: when the loss is no longer finite; the weights are then those before the step.
+            DivergenceError: when the loss or a gradient is no longer finite; the weights are then those before the
+                step.
         """
         index, within = self.schedule.phase_at(self.done)
-        phase, rate = self.schedule.phases[index], self._set_rate(index, within)
+        phase = self.schedule.phases[index]
+        rate = self.training.learning_rate * phase.rate(within)
         if within == 0 and (phase.order_channels or (index == 0 and self.training.order_batches)):
             self._order_channels(index)
         if within == 0:
@@ -159,18 +112,19 @@ class CentralShrinking:
         if phase.teacher == "trained" and self._teacher is None:
             self._teacher = {name: tensor.detach().clone() for name, tensor in self.supernet.shared().items()}
         self.supernet.train()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad()
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self._seed_of(_IMAGES, self.done))
             losses = self._accumulate(phase, self._samplers[index], within)
-        if not all(map(math.isfinite, losses.values())):
+        try:
+            if not all(map(math.isfinite, losses.values())):
+                raise DivergenceError("the loss is not finite")
+            self._optimiser.step(rate)
+        except DivergenceError as error:
             raise DivergenceError(
-                f"shrinking, step {self.done + 1} ({phase.name}): the loss is not finite; start again with a "
-                "lower shrinking.learning_rate, or a shrinking.max_gradient_norm"
-            )
-        if self.training.max_gradient_norm:
-            nn.utils.clip_grad_norm_(self._parameters.values(), self.training.max_gradient_norm)
-        self._optimiser.step()
+                f"shrinking, step {self.done + 1} ({phase.name}): {error}; start again with a lower "
+                "shrinking.learning_rate, or a shrinking.max_gradient_norm"
+            ) from error
         self.done += 1
         return ShrinkStep(self.done, phase.name, rate, losses)
 
@@ -270,66 +224,38 @@ class CentralShrinking:
     def _macs(self, subnet: SubnetConfig) -> int:
         return sum(block.macs for block in self.supernet.block_costs(subnet))
 
-    def _set_rate(self, index: int, within: int) -> float:
-        rate = self.training.learning_rate * self.schedule.phases[index].rate(within)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        return rate
-
     def _seed_of(self, stream: int, number: int) -> int:
         return int(np.random.SeedSequence([self.seed, stream, number]).generate_state(1, np.uint64)[0] >> 1)
 
     def state(self) -> SharedState:
         """Everything that the next step depends on: the version is the steps done, the rest of the training moments."""
         tensors = self.supernet.state()
-        momentum = {
-            name: state["momentum_buffer"].detach().numpy().copy()
-            for name, parameter in self._parameters.items()
-            if (state := self._optimiser.state.get(parameter)) and state.get("momentum_buffer") is not None
-        }
         teacher = {name: tensor.numpy().copy() for name, tensor in (self._teacher or {}).items()}
         answers = {str(number): logits.numpy().copy() for number, logits in self._answers.items()}
-        moments = {"momentum": momentum, "teacher": teacher, "answers": answers}
+        moments = {**self._optimiser.moments(), "teacher": teacher, "answers": answers}
         return SharedState(self.done, tensors.tensors, tensors.ordering, moments)
 
     def restore(self, state: SharedState) -> None:
         """Go on from what `state` gave.
 
         Raises:
-            CheckpointError: when it is of another supernet or beyond the schedule; the weights are then as they were.
+            CheckpointError: when it is of another supernet or optimiser, or beyond the schedule; the weights are then
+                as they were.
         """
         if state.version > self.schedule.num_steps:
             raise CheckpointError(
                 f"the checkpoint is of step {state.version:,}, beyond the schedule's {self.schedule.num_steps:,}; "
                 "resume with the schedule it was made with"
             )
-        momentum = state.moments.get("momentum", {})
-        self._check_momentum(momentum)
+        self._optimiser.check(state.moments)
         self.supernet.load_state(state)
-        self._optimiser.state.clear()
-        for name, value in momentum.items():
-            self._optimiser.state[self._parameters[name]]["momentum_buffer"] = torch.from_numpy(value.copy())
+        self._optimiser.restore(state.moments)
         teacher = state.moments.get("teacher", {})
         self._teacher = {name: torch.from_numpy(value.copy()) for name, value in teacher.items()} or None
         self._teacher_module = None
         answers = state.moments.get("answers", {})
         self._answers = {int(number): torch.from_numpy(value.copy()) for number, value in answers.items()}
         self.done = state.version
-
-    def _check_momentum(self, momentum: Mapping[str, np.ndarray]) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        wrong = [name for name, value in momentum.items() if shapes.get(name) != value.shape]
-        if wrong:
-            name = wrong[0]
-            known = name in dict(self.supernet.network.named_parameters())
-            expected = shapes.get(
-                name, "none, since it is frozen here" if known else "none, since there is no such one"
-            )
-            raise CheckpointError(
-                f"the checkpoint's momentum of {len(wrong)} parameters is not of this training; of {name!r}: found "
-                f"{momentum[name].shape}, expected {expected}; resume with the supernet and the shrinking.frozen that "
-                "it was made with"
-            )
 
 
 def _freeze(parameters: Mapping[str, nn.Parameter], frozen: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -351,12 +277,3 @@ def _freeze(parameters: Mapping[str, nn.Parameter], frozen: Sequence[str]) -> di
 
 def _lies_in(name: str, part: str) -> bool:
     return f"{name}.".startswith(f"{part}.")
-
-
-def _build_optimiser(parameters: Mapping[str, nn.Parameter], training: CentralTraining) -> torch.optim.SGD:
-    decaying = [item for name, item in parameters.items() if item.dim() > 1 and ".matrix_" not in name]
-    others = [item for name, item in parameters.items() if not (item.dim() > 1 and ".matrix_" not in name)]
-    groups = [{"params": decaying, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]], training.learning_rate, training.momentum, nesterov=True
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NoReturn, final
@@ -18,6 +18,7 @@ from fedofa.supernet.network import ParameterSpec
 from fedofa.supernet.parametrised import parametrise, parametrised_costs, parametrised_slices
 from fedofa.supernet.slices import SliceMap, TensorSlice, slice_tensor
 from fedofa.supernet.views import view_arrays
+from fedofa.supernet.weights_file import checked_normalisation, listed
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SearchSpace, SubnetConfig
 from fedofa.types.state import SharedState
@@ -30,13 +31,19 @@ _SHOWN = 5
 """Tensors that an error describes of those that are wrong."""
 
 
-def refuse_tensors(names: Iterable[str], tensors: Mapping[str, Tensor]) -> NoReturn:
-    """Say with a `SpaceError` how tensors differ from those of a subnet, whose names are given."""
-    wanted = set(names)
-    missing, left = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+def refuse_tensors(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> NoReturn:
+    """Say with a `SpaceError` how tensors differ from those of a subnet, whose names and shapes are given."""
+    missing, left = sorted(shapes.keys() - set(tensors)), sorted(set(tensors) - shapes.keys())
     if missing:
         raise SpaceError(f"the subnet needs the tensor {missing[0]!r}, which was not given")
-    raise SpaceError(f"the subnet has no tensors {left[:5]} ({len(left)} in all)")
+    if left:
+        raise SpaceError(f"the subnet has no tensors {left[:_SHOWN]} ({len(left)} in all)")
+    wrong = [
+        f"{name}: expected shape {shape}, found {tuple(tensors[name].shape)}"
+        for name, shape in shapes.items()
+        if tensors[name].shape != shape
+    ]
+    raise SpaceError(f"the tensors are another subnet's: {listed(wrong, _SHOWN)}; give those cut out for this one")
 
 
 def fill_skeleton(skeleton: nn.Module, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
@@ -48,21 +55,21 @@ def fill_skeleton(skeleton: nn.Module, tensors: Mapping[str, Tensor], *, frozen:
         frozen: evaluation mode, and parameters that ask for no gradients.
 
     Raises:
-        SpaceError: when the names are not exactly the skeleton's.
+        SpaceError: when the names and shapes are not exactly the skeleton's.
     """
     homes = [
-        (f"{prefix}.{name}" if prefix else name, own, name)
+        (f"{prefix}.{name}" if prefix else name, own, name, current)
         for prefix, module in skeleton.named_modules()
         for own in (module._parameters, module._buffers)
         for name, current in own.items()
         if current is not None
     ]
-    names = {full for full, _, _ in homes}
-    if names != set(tensors):
-        refuse_tensors(names, tensors)
-    for full, own, name in homes:
+    shapes = {full: tuple(current.shape) for full, _, _, current in homes}
+    if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+        refuse_tensors(shapes, tensors)
+    for full, own, name, current in homes:
         held: dict[str, Any] = own
-        held[name] = nn.Parameter(tensors[full], not frozen) if isinstance(own[name], nn.Parameter) else tensors[full]
+        held[name] = nn.Parameter(tensors[full], not frozen) if isinstance(current, nn.Parameter) else tensors[full]
     return skeleton.eval() if frozen else skeleton
 
 
@@ -102,7 +109,22 @@ def _side_by_side(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 def _as_array(value: np.ndarray | Tensor) -> np.ndarray:
     """A tensor as numpy sees it, without a copy where it lies in the CPU's memory."""
-    return value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def _normalisation(value: Any) -> dict[str, list[float]] | None:
+    return None if value is None else checked_normalisation(value, "a supernet's normalisation")
+
+
+def _as_permutation(order: Any, size: int) -> np.ndarray | None:
+    """A copy of the order, int64 in C order; None where it is no permutation of that many channels."""
+    try:
+        found = np.asarray(order)
+    except ValueError:  # rows of unlike lengths
+        return None
+    if found.dtype.kind not in "iu" or found.shape != (size,) or not np.array_equal(np.sort(found), np.arange(size)):
+        return None
+    return found.astype(np.int64, order="C")
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -152,7 +174,7 @@ class Supernet(nn.Module, ABC):
             frozen: evaluation mode, and parameters that ask for no gradients.
 
         Raises:
-            SpaceError: when the names are not exactly the subnet's.
+            SpaceError: when the names and shapes are not exactly the subnet's.
         """
 
     @abstractmethod
@@ -236,9 +258,12 @@ class Supernet(nn.Module, ABC):
         Args:
             subnet: what to cut out.
             shared: shared tensors by name, as numpy arrays or torch tensors; by default this supernet's own.
+
+        Raises:
+            CheckpointError: when this supernet is structure only and no shared tensors are given.
         """
         slices = self.slice_map(subnet)
-        source = self.shared() if shared is None else shared
+        source = self.require_weights() if shared is None else shared
         return _side_by_side(slices.extract({name: _as_array(source[name]) for name in slices.sources}))
 
     @final
@@ -260,7 +285,7 @@ class Supernet(nn.Module, ABC):
             arrays: the subnet's tensors by name.
 
         Raises:
-            SpaceError: when the subnet is not of this space, or the names are not exactly its own.
+            SpaceError: when the subnet is not of this space, or the names and shapes are not exactly its own.
         """
         self.space.check(subnet)
         with _no_collection():
@@ -271,36 +296,43 @@ class Supernet(nn.Module, ABC):
         """Logits of one subnet, `(batch, num_classes)`, differentiable with respect to the shared weights.
 
         Batch-norm statistics are read, never written: training mode uses the batch's own and leaves the shared ones.
+        Structure only gives the shape of the logits for images on the meta device, and takes no others.
         """
         slices = self.slice_map(subnet)
-        tensors = slices.extract(self.shared())
+        tensors = slices.extract(self.shared() if x.is_meta else self.require_weights())
         own = {name: tensor.clone() if slices[name].role == "statistic" else tensor for name, tensor in tensors.items()}
         skeleton = self.skeleton(subnet).train(self.training)
         return torch.func.functional_call(skeleton, own, (x,))
 
     @final
     def set_ordering(self, ordering: Mapping[str, np.ndarray]) -> None:
-        """Choose the channel ordering that narrower subnets gather by.
+        """Choose the channel ordering that narrower subnets gather by; the arrays are copied.
 
         Raises:
             SpaceError: for an unknown group, or an array that is not a permutation of its channels.
         """
-        self._check_ordering(ordering)
-        self.ordering = {group: np.asarray(order, np.int64) for group, order in ordering.items()}
+        self.ordering = self._checked_ordering(ordering)
         self._slice_maps.clear()
         self._slices.clear()
 
-    def _check_ordering(self, ordering: Mapping[str, np.ndarray]) -> None:
-        sizes = self.channel_groups()
-        for group, order in ordering.items():
+    def _checked_ordering(self, ordering: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The ordering as arrays of its own, int64 in C order."""
+        sizes, checked = self.channel_groups(), {}
+        for group, given in ordering.items():
             if group not in sizes:
                 raise SpaceError(f"ordering of unknown channel group {group!r}; known: {sorted(sizes)[:8]} ...")
-            if not np.array_equal(np.sort(order), np.arange(sizes[group])):
-                raise SpaceError(f"ordering of {group!r}: expected a permutation of 0..{sizes[group] - 1}")
+            order = _as_permutation(given, sizes[group])
+            if order is None:
+                found = " ".join(repr(given).split())
+                raise SpaceError(
+                    f"ordering of {group!r}: expected a permutation of 0..{sizes[group] - 1}, found {found:.80}"
+                )
             run = self.run_length(group)
-            starts = np.asarray(order).reshape(-1, run)[:, :1]
+            starts = order.reshape(-1, run)[:, :1]
             if (starts % run).any() or not np.array_equal(order, (starts + np.arange(run)).ravel()):
                 raise SpaceError(f"ordering of {group!r}: group norm needs channels to move in whole groups of {run}")
+            checked[group] = order
+        return checked
 
     @abstractmethod
     def run_length(self, group: str) -> int:
@@ -318,22 +350,55 @@ class Supernet(nn.Module, ABC):
 
     @final
     def state(self) -> SharedState:
-        """The shared tensors as numpy copies, version 0."""
-        tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.shared().items()}
-        return SharedState(0, tensors, dict(self.ordering))
+        """The shared tensors and the ordering as numpy copies, version 0.
+
+        Raises:
+            CheckpointError: when this supernet is structure only.
+        """
+        tensors = {name: tensor.detach().cpu().numpy().copy() for name, tensor in self.require_weights().items()}
+        return SharedState(0, tensors, {group: order.copy() for group, order in self.ordering.items()})
 
     @final
-    def require_weights(self) -> None:
-        """Refuse a supernet that is structure only.
+    def get_extra_state(self) -> dict[str, Any]:
+        """What `state_dict` has beside the tensors: the channel ordering and the normalisation.
+
+        Raises:
+            CheckpointError: when `normalisation` is none.
+        """
+        ordering = {group: torch.from_numpy(order.copy()) for group, order in self.ordering.items()}
+        return {"ordering": ordering, "normalisation": _normalisation(self.normalisation)}
+
+    @final
+    def set_extra_state(self, state: Any) -> None:
+        """Take over the channel ordering and the normalisation of a `state_dict`.
+
+        Raises:
+            CheckpointError: for anything but what `get_extra_state` gives.
+            SpaceError: for an ordering of other channels.
+        """
+        if not (isinstance(state, Mapping) and isinstance(state.get("ordering"), Mapping) and "normalisation" in state):
+            raise CheckpointError(
+                "a supernet's state_dict: expected {'ordering': {group: permutation}, 'normalisation': ...} as its "
+                f"extra state, found {state!r:.200}; use the state_dict as it was saved"
+            )
+        normalisation = _normalisation(state["normalisation"])
+        self.set_ordering({group: _as_array(order) for group, order in state["ordering"].items()})
+        self.normalisation = normalisation
+
+    @final
+    def require_weights(self) -> dict[str, Tensor]:
+        """The shared tensors by name, which a supernet that is structure only does not have.
 
         Raises:
             CheckpointError: saying how to build it with weights.
         """
-        if any(tensor.is_meta for tensor in self.shared().values()):
+        shared = self.shared()
+        if any(tensor.is_meta for tensor in shared.values()):
             raise CheckpointError(
                 f"this supernet ({self.space.family}) is structure only, without weights; build it with a generator, "
                 "build_supernet(description, torch.Generator())"
             )
+        return shared
 
     @final
     def load_state(self, state: SharedState) -> None:
@@ -343,19 +408,17 @@ class Supernet(nn.Module, ABC):
             CheckpointError: counting tensors that are missing, unknown or of another shape, with the first few shapes;
                 or where this supernet is structure only.
         """
-        self.require_weights()
-        shared = self.shared()
+        shared = self.require_weights()
         expected = {name: tuple(tensor.shape) for name, tensor in shared.items()}
         found = {name: array.shape for name, array in state.tensors.items()}
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:
-            listed = [f"{n}: expected {_shape(expected.get(n))}, found {_shape(found.get(n))}" for n in wrong[:_SHOWN]]
-            more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            said = [f"{n}: expected {_shape(expected.get(n))}, found {_shape(found.get(n))}" for n in wrong]
             raise CheckpointError(
                 f"the state does not belong to this supernet ({self.space.family}): {len(wrong)} tensors are missing, "
-                f"unknown or of another shape: {'; '.join(listed)}{more}. Use the supernet settings it was saved with"
+                f"unknown or of another shape: {listed(said, _SHOWN)}. Use the supernet settings it was saved with"
             )
-        self._check_ordering(state.ordering)
+        self._checked_ordering(state.ordering)
         with torch.no_grad():
             for name, tensor in shared.items():
                 tensor.copy_(torch.from_numpy(np.array(state.tensors[name])))  # 0-d arrays stay 0-d

@@ -28,6 +28,7 @@ from fedofa.supernet.network import (
     make_divisible,
 )
 from fedofa.supernet.sizes import check_numbers, check_sizes
+from fedofa.supernet.weights_file import is_normalisation
 from fedofa.types.errors import ConfigError
 from fedofa.types.space import Axis, Control, SearchSpace, SubnetConfig
 from fedofa.types.spaces import RESOLUTIONS
@@ -118,12 +119,7 @@ class ChainSpec(ElasticSpec):
                 raise ConfigError(f"supernet.{name}: expected one of {list(known)}, found {getattr(self, name)!r}")
         if not (all(0 < item <= 1 for item in self.fractions) and self.fractions[-1] == 1):
             raise ConfigError(f"supernet.fractions: expected numbers in (0, 1], 1 last, found {list(self.fractions)}")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (0, self.in_channels) or len(self.mean) != len(self.std):
-                raise ConfigError(
-                    f"supernet.{name}: expected one value for each of {self.in_channels} channels, in both mean and "
-                    f"std or in neither for the data's own, found {list(getattr(self, name))}"
-                )
+        _check_normalisation(self)
         _check_inner_widths(self)
 
     @property
@@ -265,8 +261,33 @@ def _exists(control: Control, depths: tuple[float | None, ...]) -> bool:
     return (depths[control.position] or 0) >= control.minimum
 
 
+def _check_normalisation(spec: ChainSpec) -> None:
+    """Refuse a mean and a std of a spec that is being made unless they are one, and make plain floats of them."""
+    given = {"mean": spec.mean, "std": spec.std}
+    for name, values in given.items():
+        if not isinstance(values, tuple):
+            raise ConfigError(f"supernet.{name}: expected a list, found {values!r:.80}")
+    for name, values in given.items():
+        if len(values) not in (0, spec.in_channels) or len(spec.mean) != len(spec.std):
+            raise ConfigError(
+                f"supernet.{name}: expected one value for each of {spec.in_channels} channels, in both mean and "
+                f"std or in neither for the data's own, found {list(values)!r:.200}"
+            )
+    if spec.mean and not is_normalisation(given):
+        raise ConfigError(
+            f"supernet.mean and supernet.std: expected finite numbers, those of std positive, found {given!r:.200}"
+        )
+    for name, values in given.items():
+        object.__setattr__(spec, name, tuple(map(float, values)))
+
+
 def _check_inner_widths(spec: ChainSpec) -> None:
     for place in places(spec):
+        if place.mid_channels < 1:
+            raise ConfigError(
+                f"supernet.blocks: expand: {place.size.expand} leaves {place.name!r} without inner channels; expected "
+                "at least one"
+            )
         kept = [inner_width(place.mid_channels, fraction) for fraction in spec.fractions]
         if place.expand is not None and len(set(kept)) < len(kept):
             raise ConfigError(

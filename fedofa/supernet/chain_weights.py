@@ -10,7 +10,7 @@ from torch import Tensor
 from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.importance import channel_ordering
 from fedofa.supernet.layouts import LAYOUTS
-from fedofa.supernet.network import CLASSIFIER, is_lite
+from fedofa.supernet.network import CLASSIFIER_PREFIX, is_lite
 from fedofa.supernet.weights_file import listed, value_problem
 from fedofa.types.errors import MisfitError
 
@@ -45,7 +45,7 @@ def load_weights(
                 continue
             if ".matrix_" in name:
                 tensor.copy_(torch.eye(len(tensor)))
-            elif head or not name.startswith(CLASSIFIER):
+            elif head or not name.startswith(CLASSIFIER_PREFIX):
                 tensor.copy_(weights[table[name]])
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in shared.items()}
     supernet.set_ordering(channel_ordering(largest, arrays))
@@ -53,7 +53,7 @@ def load_weights(
 
 def classes_of(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> int | None:
     """Rows of the classifier among the weights, or None where they have none."""
-    classifier = weights.get(table.get(f"{CLASSIFIER}weight", ""))
+    classifier = weights.get(table.get(f"{CLASSIFIER_PREFIX}weight", ""))
     return len(classifier) if classifier is not None and classifier.dim() else None
 
 
@@ -77,7 +77,7 @@ def _problems(
             known.add(f"{key.rpartition('.')[0]}{_COUNTER}")
         if key in weights:
             wrong += [f"{key}: {why}" for why in (_entry_problem(name, weights[key], expected),) if why]
-        elif head or classes or not name.startswith(CLASSIFIER):
+        elif head or classes or not name.startswith(CLASSIFIER_PREFIX):
             missing.append(f"missing {key or f'a key for {name}'}")
     unknown = [f"unknown {key}" for key in sorted(weights) if key not in known]
     return sorted(missing) + unknown + sorted(wrong)
@@ -91,7 +91,7 @@ def _entry_problem(name: str, value: Tensor, expected: tuple[int, ...]) -> str |
 def _expected_shapes(shared: Mapping[str, Tensor], classes: int | None) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a file holds, the classifier's with that many classes where they are given."""
     return {
-        name: (classes, *tensor.shape[1:]) if classes and name.startswith(CLASSIFIER) else tuple(tensor.shape)
+        name: (classes, *tensor.shape[1:]) if classes and name.startswith(CLASSIFIER_PREFIX) else tuple(tensor.shape)
         for name, tensor in shared.items()
         if ".matrix_" not in name and not is_lite(name)
     }

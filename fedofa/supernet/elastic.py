@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from fedofa.supernet.base import Supernet, refuse_tensors
 from fedofa.supernet.costs import BlockCost, block_costs
-from fedofa.supernet.layers import Filling, Network
+from fedofa.supernet.layers import Filling, MisfillError, Network
 from fedofa.supernet.network import (
-    CLASSIFIER,
+    CLASSIFIER_PREFIX,
     GROUP_NORM_CHANNELS,
     MBConvSpec,
     NetworkSpec,
@@ -182,11 +182,11 @@ class ElasticSupernet(Supernet, ABC):
 
     def assemble(self, subnet: SubnetConfig, tensors: Mapping[str, Tensor], *, frozen: bool = False) -> nn.Module:
         filling = Filling(tensors, frozen)
-        with suppress(KeyError):  # of a tensor that is missing
+        with suppress(MisfillError):
             network = Network(self.network_spec(subnet), filling)
             if filling.num_taken == len(tensors):
                 return network
-        refuse_tensors((item.name for item in self.parameter_table(subnet)), tensors)
+        refuse_tensors({item.name: item.shape for item in self.parameter_table(subnet)}, tensors)
 
     def parameter_table(self, subnet: SubnetConfig) -> tuple[ParameterSpec, ...]:
         return tuple(self.network_spec(subnet).parameters())
@@ -212,7 +212,7 @@ def _register_matrices(network: nn.Module, spec: NetworkSpec, kernels: Sequence[
             depthwise = network.get_submodule(block.depthwise.name)
             sizes = (size for size in sorted(kernels, reverse=True) if size <= block.kernel)
             for source, target in itertools.pairwise(sizes):
-                matrix = nn.Parameter(torch.empty(target**2, target**2, device="meta"))
+                matrix = nn.Parameter(torch.empty(target**2, target**2, device="meta", dtype=torch.float32))
                 depthwise.register_parameter(matrix_name("", source, target).removeprefix("."), matrix)
 
 
@@ -240,9 +240,9 @@ def start_classifier(network: nn.Module, generator: torch.Generator | None) -> N
     """Draw a fresh classifier as all else is drawn; without a generator it is zero."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if name.startswith(CLASSIFIER) and generator is not None:
+            if name.startswith(CLASSIFIER_PREFIX) and generator is not None:
                 _draw(name, parameter, generator)
-            elif name.startswith(CLASSIFIER):
+            elif name.startswith(CLASSIFIER_PREFIX):
                 parameter.zero_()
 
 

@@ -1,7 +1,7 @@
 """The torch side of a `NetworkSpec`: plain layers, no elastic ones, named as the parameter table names them.
 
-Every layer is made on torch's meta device: shapes and names, no memory. Its tensors are always given to it (`Filling`),
-so none of these layers draws initial values.
+Every layer is made on torch's meta device: shapes and names, no memory, float32 whatever torch's default is. Its
+tensors are always given to it (`Filling`), so none of these layers draws initial values.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -71,8 +72,8 @@ class Linear(nn.Linear):
 def build_norm(kind: str, channels: int, eps: float) -> nn.Module:
     """Group norm with 8 channels a group, or batch norm."""
     if kind == "group":
-        return GroupNorm(channels // GROUP_NORM_CHANNELS, channels, eps=eps, device="meta")
-    return BatchNorm2d(channels, eps=eps, device="meta")
+        return GroupNorm(channels // GROUP_NORM_CHANNELS, channels, eps=eps, device="meta", dtype=torch.float32)
+    return BatchNorm2d(channels, eps=eps, device="meta", dtype=torch.float32)
 
 
 class SamePad(nn.Module):
@@ -108,6 +109,7 @@ class ConvNormAct(nn.Module):
             groups=spec.in_channels if spec.depthwise else 1,
             bias=spec.bias,
             device="meta",
+            dtype=torch.float32,
         )
         self.norm = build_norm(norm, spec.out_channels, norm_eps) if spec.norm else None
         self.act = build_activation(spec.activation) if spec.activation else None
@@ -252,6 +254,10 @@ class Filling:
         self.num_taken = 0
 
 
+class MisfillError(LookupError):
+    """A filling has no tensor of that name and shape; whoever fills says so in words."""
+
+
 _CONTAINERS = frozenset({dict, set, OrderedDict})
 _FILLED = frozenset({"_modules", "_parameters", "_buffers"})
 
@@ -259,7 +265,8 @@ _FILLED = frozenset({"_modules", "_parameters", "_buffers"})
 class Blueprint:
     """A module taken apart, from which modules like it are made: cheaper than its constructor and than a deep copy.
 
-    Each module made has dictionaries of its own; their values are shared. The first one is to be left as it is.
+    Each module made has dictionaries and parameters of its own; their other values are shared. The first one is to be
+    left as it is.
     """
 
     __slots__ = ("_attributes", "_buffers", "_children", "_containers", "_hooks", "_kind", "_parameters")
@@ -271,14 +278,18 @@ class Blueprint:
         self._attributes = attributes
         self._hooks = [key for key, value in own.items() if type(value) is OrderedDict and not value]
         self._containers = [(key, value) for key, value in own.items() if key not in self._hooks]
-        self._parameters = [name for name, value in module._parameters.items() if value is not None]
-        self._buffers = [name for name, value in module._buffers.items() if value is not None]
+        self._parameters = [(name, item.shape) for name, item in module._parameters.items() if item is not None]
+        self._buffers = [(name, item.shape) for name, item in module._buffers.items() if item is not None]
         self._children = [
             (name, None if child is None else Blueprint(child)) for name, child in module._modules.items()
         ]
 
     def make(self, filling: Filling | None = None, prefix: str = "") -> nn.Module:
-        """A module like the first one: with its tensors, or with those of the filling whose names have the prefix."""
+        """A module like the first one: on the meta device, or with the filling's tensors whose names have the prefix.
+
+        Raises:
+            MisfillError: when the filling has no such tensor, or one of another shape.
+        """
         attributes = self._attributes.copy()
         for key in self._hooks:
             attributes[key] = OrderedDict()
@@ -286,7 +297,10 @@ class Blueprint:
             attributes[key] = container.copy()
         parameters = attributes["_parameters"] = attributes["_parameters"].copy()
         buffers = attributes["_buffers"] = attributes["_buffers"].copy()
-        if filling is not None:
+        if filling is None:
+            for name, _ in self._parameters:
+                parameters[name] = nn.Parameter(parameters[name])
+        else:
             attributes["training"] = not filling.frozen
             if self._parameters or self._buffers:
                 self._fill(parameters, buffers, filling, prefix)
@@ -300,10 +314,16 @@ class Blueprint:
     def _fill(self, parameters: dict[str, Any], buffers: dict[str, Any], filling: Filling, prefix: str) -> None:
         """Give a module its tensors."""
         tensors, trains = filling.tensors, not filling.frozen
-        for name in self._parameters:
-            parameters[name] = nn.Parameter(tensors[prefix + name], trains)
-        for name in self._buffers:
-            buffers[name] = tensors[prefix + name]
+        for name, shape in self._parameters:
+            tensor = tensors.get(prefix + name)
+            if tensor is None or tensor.shape != shape:
+                raise MisfillError(prefix + name)
+            parameters[name] = nn.Parameter(tensor, trains)
+        for name, shape in self._buffers:
+            tensor = tensors.get(prefix + name)
+            if tensor is None or tensor.shape != shape:
+                raise MisfillError(prefix + name)
+            buffers[name] = tensor
         filling.num_taken += len(self._parameters) + len(self._buffers)
 
 
@@ -312,8 +332,12 @@ _FLATTEN = Blueprint(nn.Flatten())
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)
 def _part_blueprint(part: PartSpec, norm: str, norm_eps: float) -> Blueprint:
-    """One part's layers, kept: a space has few distinct parts, of which all its subnets are chained."""
+    """One part's layers, kept: a space has few distinct parts, of which all its subnets are chained.
+
+    They are ordinary tensors even where inference mode is on, for whoever makes modules of them later.
+    """
     return Blueprint(_build_part(part, norm, norm_eps))
 
 
@@ -323,8 +347,9 @@ def _dropout_blueprint(probability: float) -> Blueprint:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _classifier_blueprint(features: int, num_classes: int) -> Blueprint:
-    return Blueprint(Linear(features, num_classes, device="meta"))
+    return Blueprint(Linear(features, num_classes, device="meta", dtype=torch.float32))
 
 
 def build_part(part: PartSpec, norm: str, norm_eps: float) -> nn.Module:

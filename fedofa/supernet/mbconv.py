@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedofa.supernet.network import ACTIVATIONS, MBConvSpec, make_divisible
@@ -32,6 +32,36 @@ class StageSpec:
     def scaled(self, width: float) -> StageSpec:
         """The stage with its output width multiplied."""
         return StageSpec(make_divisible(self.width * width), self.stride, self.activation, self.squeeze_excite)
+
+
+def inner_width(channels: int, expand: float) -> int:
+    """The inner channels of a block: its input's times the expand ratio, a multiple of 8."""
+    return make_divisible(round(channels * expand))
+
+
+def check_expands(expands: Sequence[float], inputs: Iterable[int]) -> None:
+    """Refuse expand ratios that give a block the same inner width twice.
+
+    Args:
+        expands: the ratios.
+        inputs: channels that a block may get.
+
+    Raises:
+        ConfigError: naming the ratios and the widths.
+    """
+    for channels in inputs:
+        widths = [inner_width(channels, expand) for expand in expands]
+        if len(set(widths)) < len(widths):
+            raise ConfigError(
+                f"supernet.expands: {list(expands)} times the {channels} channels of a block's input are {widths}, "
+                "rounded to multiples of 8; every ratio must give another width"
+            )
+
+
+def block_inputs(first_width: int, stages: Sequence[StageSpec], depth: int) -> set[int]:
+    """Channels that an elastic block may get: those before its stage or, in a stage of several blocks, its own."""
+    widths = [first_width, *(stage.width for stage in stages)]
+    return {*widths[:-1], *(widths[1:] if depth > 1 else ())}
 
 
 def static_block(in_channels: int, out_channels: int, stride: int, activation: str) -> MBConvSpec:
@@ -66,7 +96,7 @@ def elastic_blocks(
         longest = int(space.axis("depth").values[-1]) if number < len(depths) else 1
         for block in range(int(depths[number] or 0) if number < len(depths) else 1):
             kernel, expand = int(kernels[position + block] or 0), float(expands[position + block] or 0)
-            mid = make_divisible(round(channels * expand))
+            mid = inner_width(channels, expand)
             yield MBConvSpec(
                 f"stages.{number + 1}.{block}",
                 channels,

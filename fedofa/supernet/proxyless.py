@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet
-from fedofa.supernet.mbconv import StageSpec, elastic_blocks, static_block
+from fedofa.supernet.mbconv import StageSpec, block_inputs, check_expands, elastic_blocks, static_block
 from fedofa.supernet.network import ConvSpec, NetworkSpec, PoolSpec, make_divisible
 from fedofa.supernet.sizes import check_sizes
 from fedofa.types.space import SearchSpace, SubnetConfig
@@ -66,6 +66,8 @@ class ProxylessSpec(ElasticSpec):
 
     def __post_init__(self) -> None:
         check_sizes(self, ("stem_width", "first_width", "stages", "last_stage", "feature_width"))
+        inputs = block_inputs(self.first_width, self.stages, max(self.depths)) | {self.stages[-1].width}
+        check_expands(self.expands, inputs)
 
     @property
     def elastic_kernels(self) -> tuple[int, ...]:

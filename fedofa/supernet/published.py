@@ -22,13 +22,13 @@ from fedofa.supernet.chain import ChainSupernet
 from fedofa.supernet.elastic import ElasticSpec, ElasticSupernet, differences, start_classifier
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
-from fedofa.supernet.network import CLASSIFIER, is_lite
+from fedofa.supernet.network import CLASSIFIER_PREFIX, is_lite
 from fedofa.supernet.proxyless import ProxylessSpec
 from fedofa.supernet.published_keys import published_names, spellings
 from fedofa.supernet.resnet import ResNetSpec
 from fedofa.supernet.weights_file import (
+    checked_normalisation,
     first_line,
-    is_normalisation,
     listed,
     read_content,
     refuse_classes,
@@ -50,10 +50,11 @@ PUBLISHED: dict[str, PublishedSpec] = {
 """Published file name -> sizes."""
 
 _COUNTER = "num_batches_tracked"
+_DAMAGED = "damaged"
 _NORMALISATION = "normalisation"
 _IMAGENET = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-_SHOWN, _SHOWN_SIZES = 20, 5
-"""Entries of a kind, and settings, that an error shows."""
+_SHOWN, _SHOWN_SIZES, _SHOWN_KEYS = 20, 5, 3
+"""Entries of a kind, settings, and keys of a file that has no known one, that an error shows."""
 
 
 def load_published(
@@ -74,11 +75,11 @@ def load_published(
 
     Raises:
         MisfitError: listing the file's missing, unknown, misshapen and damaged entries.
-        CheckpointError: when the file cannot be read, or when its number of classes is not the published one and
-            `num_classes` is not given.
+        CheckpointError: when the file cannot be read or normalises other channels than the network has, or when its
+            number of classes is not the published one and `num_classes` is not given.
         ConfigError: for a name that is none of the published ones.
     """
-    if name is not None and name not in PUBLISHED:
+    if name is not None and not (isinstance(name, str) and name in PUBLISHED):
         raise ConfigError(f"load_published: expected a name of {', '.join(PUBLISHED)}, found {name!r}")
     return _load(path, *_read(Path(path)), name, num_classes, generator)
 
@@ -124,10 +125,12 @@ def save_published(supernet: ElasticSupernet, path: str | os.PathLike[str]) -> N
     are written as they are, and so is a normalisation that is not ImageNet's. Missing folders are made.
 
     Raises:
-        CheckpointError: when the supernet has other sizes than the published ones, or no weights, or when the file
-            cannot be written.
+        MisfitError: listing tensors whose values are no weights.
+        CheckpointError: when the supernet has other sizes than the published ones, or no weights, or a normalisation
+            that is none, or when the file cannot be written.
     """
     _check_published(supernet)
+    normalisation = _normalisation(supernet)
     shared, slices = supernet.shared(), supernet.slice_map(supernet.space.largest())
     weights: dict[str, Tensor] = {}
     for ours, theirs in published_names(supernet):
@@ -136,13 +139,33 @@ def save_published(supernet: ElasticSupernet, path: str | os.PathLike[str]) -> N
         if theirs.endswith("running_var"):
             weights[f"{theirs.removesuffix('running_var')}{_COUNTER}"] = torch.tensor(0)
     content: dict[str, Any] = {"state_dict": weights}
-    if supernet.normalisation not in (None, _IMAGENET):
-        content[_NORMALISATION] = supernet.normalisation
+    if normalisation != _IMAGENET:
+        content[_NORMALISATION] = normalisation
     _write(Path(path), content)
+
+
+def _normalisation(supernet: ElasticSupernet) -> dict[str, list[float]]:
+    """A supernet's normalisation as a file holds it, ImageNet's where it has none."""
+    if supernet.normalisation is None:
+        return _IMAGENET
+    found = checked_normalisation(supernet.normalisation, "supernet.normalisation")
+    _check_channels("supernet.normalisation", found, supernet.spec.in_channels)
+    return found
+
+
+def _check_channels(where: str, normalisation: Mapping[str, list[float]], channels: int) -> None:
+    """Refuse a normalisation of another number of channels."""
+    found = len(normalisation["mean"])
+    if found != channels:
+        raise CheckpointError(
+            f"{where}: expected one mean and std for each of {channels} channels, found {found}; correct it"
+        )
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
+    if not path.name:
+        raise CheckpointError(f"{path}: cannot be written (it is a folder); choose another path")
     temporary = path.with_name(f".{path.name}.writing")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +181,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]) -> None:
     """Copy the tensors of a published file's `state_dict` into the supernet, whose channels are then in order.
 
+    Lite residual branches, which no file holds, stay as they are.
+
     Raises:
         MisfitError: listing every key that is missing, unknown, of another shape, or whose values are no weights; then
             nothing was copied.
@@ -165,15 +190,16 @@ def load_published_weights(supernet: ElasticSupernet, weights: Mapping[str, Any]
     """
     supernet.require_weights()
     keys, problems = _match(supernet, weights)
-    problems["damaged"] = [f"{key} ({why})" for ours, key in keys.items() if (why := value_problem(ours, weights[key]))]
+    problems[_DAMAGED] = [f"{key} ({why})" for ours, key in keys.items() if (why := value_problem(ours, weights[key]))]
     found = [f"{kind} {entry}" for kind, entries in problems.items() for entry in sorted(entries)]
     if found:
         shown = [f"{kind} {listed(sorted(entries), _SHOWN, ', ')}" for kind, entries in problems.items() if entries]
         space = _published_name(supernet) or f"a supernet of family {supernet.space.family!r}"
         raise MisfitError(f"the weights do not fit {space}: {len(found)} problems: {'; '.join(shown)}", found)
     with torch.no_grad():
-        for name, tensor in supernet.shared().items():
-            tensor.copy_(weights[keys[name]])
+        shared = supernet.shared()
+        for name, key in keys.items():
+            shared[name].copy_(weights[key])
     supernet.set_ordering({})
 
 
@@ -205,12 +231,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, list[float]]]:
         found = sorted(map(str, content))[:5] if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: expected {{'state_dict': {{key: tensor}}}}, found {found}")
     normalisation = content.get(_NORMALISATION, _IMAGENET)
-    if not is_normalisation(normalisation):
-        raise CheckpointError(
-            f'{path}: normalisation: expected "mean" and "std", as many finite numbers each and those of std positive, '
-            f"found {normalisation!r:.200}; correct it, or remove it for ImageNet's"
-        )
-    return weights, {name: list(map(float, normalisation[name])) for name in ("mean", "std")}
+    advice = "correct it, or remove it for ImageNet's"
+    return weights, checked_normalisation(normalisation, f"{path}: {_NORMALISATION}", advice)
 
 
 def _classes(weights: Mapping[str, Any]) -> int | None:
@@ -221,18 +243,19 @@ def _classes(weights: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _closest(weights: Mapping[str, Any], num_classes: int | None) -> str:
+def _fits(weights: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """How well the file's keys and shapes fit each published name: keys known, less misshapen, less missing."""
+    fits, num_classes = {}, _classes(weights)
+    for name, spec in PUBLISHED.items():
+        keys, problems = _match(build_elastic(replace(spec, num_classes=num_classes or spec.num_classes)), weights)
+        fits[name] = len(keys), -len(problems["misshapen"]), -len(problems["missing"])
+    return fits
+
+
+def _closest(weights: Mapping[str, Any]) -> str:
     """The published name whose keys and shapes the file fits best."""
-    structures = {
-        name: build_elastic(replace(spec, num_classes=num_classes or spec.num_classes))
-        for name, spec in PUBLISHED.items()
-    }
-
-    def fit(name: str) -> tuple[int, int, int]:
-        keys, problems = _match(structures[name], weights)
-        return len(keys), -len(problems["misshapen"]), -len(problems["missing"])
-
-    return max(structures, key=fit)
+    fits = _fits(weights)
+    return max(fits, key=lambda name: fits[name])
 
 
 def _load(
@@ -245,14 +268,14 @@ def _load(
 ) -> ElasticSupernet:
     """The supernet of a file's `state_dict` and normalisation (see `load_published`)."""
     found = _classes(weights)
-    space = name or _closest(weights, found)
+    space = name or _closest(weights)
     spec = PUBLISHED[space]
+    _check_channels(f"{path}: {_NORMALISATION}", normalisation, spec.in_channels)
     supernet = _empty(replace(spec, num_classes=found or spec.num_classes), normalisation)
     try:
         load_published_weights(supernet, weights)
     except MisfitError as error:
-        hint = _other_name(weights, name) if name else _assumed(space)
-        raise MisfitError(f"{path}: {hint}{error}", error.problems) from None
+        raise _explained(error, path, weights, name, space) from None
     if num_classes is None and found != spec.num_classes:
         refuse_classes(path, found, spec.num_classes)
     if num_classes in (None, found):
@@ -273,15 +296,33 @@ def _with_fresh_classifier(
     supernet, weights = _empty(spec, source.normalisation), source.shared()
     with torch.no_grad():
         for name, tensor in supernet.shared().items():
-            if not name.startswith(CLASSIFIER):
+            if not name.startswith(CLASSIFIER_PREFIX):
                 tensor.copy_(weights[name])
     start_classifier(supernet.network, generator)
     return supernet
 
 
+def _explained(
+    error: MisfitError, path: str | os.PathLike[str], weights: Mapping[str, Any], name: str | None, space: str
+) -> MisfitError:
+    """The error with the file and what may help: the name that fits, or the keys where none is known."""
+    if not any(known for known, _, _ in _fits(weights).values()):
+        found = listed([repr(key) for key in weights], _SHOWN_KEYS, ", ") or "none"
+        return MisfitError(
+            f"{path}: none of its keys is a published checkpoint's: expected keys such as 'first_conv.conv.weight' "
+            f"under 'state_dict', found {found}; rename them",
+            [f"unknown {key}" for key in sorted(weights)],
+        )
+    if name is not None:
+        hint = _other_name(weights, name)
+    else:
+        hint = "" if all(problem.startswith(_DAMAGED) for problem in error.problems) else _assumed(space)
+    return MisfitError(f"{path}: {hint}{error}", error.problems)
+
+
 def _other_name(weights: Mapping[str, Any], name: str) -> str:
     """A hint where the weights are those of another published name."""
-    closest = _closest(weights, _classes(weights))
+    closest = _closest(weights)
     structure = build_elastic(replace(PUBLISHED[closest], num_classes=_classes(weights) or 1))
     if closest == name or any(_match(structure, weights)[1].values()):
         return ""
@@ -340,7 +381,9 @@ def _check_published(supernet: ElasticSupernet) -> None:
         raise CheckpointError(f"{_no_format(supernet)}. Save its state instead")
     if any(map(is_lite, supernet.shared())):
         raise CheckpointError("published files hold no lite residual branches. Save the supernet's state instead")
-    supernet.require_weights()
+    found = [f"{key}: {why}" for key, value in supernet.require_weights().items() if (why := value_problem(key, value))]
+    if found:
+        raise MisfitError(f"the supernet's values are no weights: {listed(found, _SHOWN)}; nothing was written", found)
 
 
 def _sizes(spec: PublishedSpec) -> PublishedSpec:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from fedofa.supernet.elastic import ElasticSupernet
-from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec
+from fedofa.supernet.network import BottleneckSpec, ConvSpec, MBConvSpec, is_lite
 from fedofa.supernet.resnet import ResNetSpec
 
 _STATIC = {"conv.weight": "conv.weight", "norm": "bn"}
@@ -32,9 +32,11 @@ _BLOCK = re.compile(r"^(blocks\.\d+)\.conv\.")
 
 
 def published_names(supernet: ElasticSupernet) -> Iterator[tuple[str, str]]:
-    """Pairs (shared name here, key in a published file) for every shared tensor."""
+    """Pairs (shared name here, key in a published file) for every shared tensor but those of lite residual branches."""
     layers = dict(_layers(supernet))
     for name in supernet.shared():
+        if is_lite(name):
+            continue
         owner, _, leaf = name.rpartition(".")
         if leaf.startswith("matrix_"):
             yield name, f"{layers[owner][0]}.conv.{leaf.removeprefix('matrix_')}_matrix"

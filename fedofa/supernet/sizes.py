@@ -1,4 +1,4 @@
-"""Which sizes make no network: the smallest that each setting of a spec may be, in one table."""
+"""Which settings make no network: the smallest that each size of a spec may be, in one table, and what is no flag."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _LEAST = {
 }
 """Whole numbers, and the smallest that each may be where a spec does not allow less."""
 
+_FLAGS = ("stem_pool", "squeeze_excite", "lite_residual")
 _POSITIVE = ("expand", "expands", "fractions", "widths", "norm_eps")
 _ODD = ("kernel", "kernels", "stem_kernel")
 
@@ -54,7 +55,7 @@ def check_sizes(spec: Any, even: Sequence[str], least: Mapping[str, int] | None 
             object.__setattr__(spec, item.name, tuple(getattr(spec, item.name)))
     if spec.norm not in NORMS:
         raise ConfigError(f"supernet.norm: expected one of {list(NORMS)}, found {spec.norm!r}")
-    if not (isinstance(spec.dropout, int | float) and 0 <= spec.dropout < 1):
+    if not (_is_number(spec.dropout) and 0 <= spec.dropout < 1):
         raise ConfigError(f"supernet.dropout: expected a number in [0, 1), found {spec.dropout!r}")
     for name in _LISTS:
         values = getattr(spec, name, (None,))
@@ -76,7 +77,7 @@ def check_sizes(spec: Any, even: Sequence[str], least: Mapping[str, int] | None 
 
 
 def check_numbers(sizes: Any, where: str, least: Mapping[str, int] | None = None) -> None:
-    """Refuse numbers of a dataclass that are too small, no whole ones, or even where they must be odd.
+    """Refuse numbers of a dataclass that are too small, no whole ones, or even where they must be odd, and odd flags.
 
     Args:
         sizes: its settings are known by name; those that are dataclasses themselves have been checked.
@@ -92,11 +93,13 @@ def check_numbers(sizes: Any, where: str, least: Mapping[str, int] | None = None
         if name in lowest:
             check_whole(f"{where}{name}", found, lowest[name])
         elif name in _POSITIVE:
-            bad = [n for n in _values(sizes, name) if not (isinstance(n, int | float) and 0 < n < math.inf)]
+            bad = [n for n in _values(sizes, name) if not (_is_number(n) and 0 < n < math.inf)]
             if bad:
                 raise ConfigError(
                     f"{where}{name}: expected {_some(found, 'positive number')}, found {_shown(found, bad)}"
                 )
+        elif name in _FLAGS and not isinstance(found, bool):
+            raise ConfigError(f"{where}{name}: expected true or false, found {found!r:.80}")
         if name in _ODD:
             even = [size for size in _values(sizes, name) if size % 2 == 0]
             if even:
@@ -110,11 +113,15 @@ def check_whole(where: str, found: Any, least: int) -> None:
         ConfigError: beginning with `where`.
     """
     values = found if isinstance(found, tuple) else (found,)
-    bad = [n for n in values if not (isinstance(n, int) and n >= least)]
+    bad = [n for n in values if not (isinstance(n, int) and not isinstance(n, bool) and n >= least)]
     if bad:
         raise ConfigError(
             f"{where}: expected {_some(found, 'whole number')} of at least {least}, found {_shown(found, bad)}"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _values(sizes: Any, name: str) -> tuple[Any, ...]:

@@ -6,9 +6,9 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,19 +23,25 @@ def read_content(path: str | os.PathLike[str]) -> Any:
         CheckpointError: when the file cannot be read so.
     """
     try:
-        if Path(path).suffix == ".safetensors":
+        if _is_safetensors(path):
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: not a readable checkpoint: expected tensors and plain values as torch or, as .safetensors, "
-            "safetensors writes them, found something else, which is not executed"
+            f"{path}: not a readable checkpoint: expected tensors and plain values as torch or safetensors writes "
+            "them, found something else, which is not executed"
         ) from error
     except Exception as error:  # unpickling damaged bytes raises anything
         raise CheckpointError(
             f"{path}: not a readable checkpoint ({first_line(error)}); "
-            "expected a file of tensors that torch.load(weights_only=True) or, as .safetensors, safetensors reads"
+            "expected a file of tensors that torch.load(weights_only=True) or safetensors reads"
         ) from error
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as safetensors does, with the length of a JSON object and that; whatever it is named."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def first_line(error: Exception) -> str:
@@ -91,7 +97,26 @@ def is_normalisation(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    number = value.item() if isinstance(value, np.generic) else value
+    return isinstance(number, int | float) and not isinstance(number, bool) and abs(number) <= sys.float_info.max
+
+
+def checked_normalisation(value: Any, where: str, advice: str = "correct it") -> dict[str, list[float]]:
+    """A "mean" and a "std" as lists of plain floats, also those of arrays.
+
+    Raises:
+        CheckpointError: saying where the value lies and what to do, when it is no normalisation.
+    """
+    found = {name: value.get(name) for name in ("mean", "std")} if isinstance(value, Mapping) else {}
+    plain: dict[str, Any] = {
+        name: item.tolist() if isinstance(item, np.ndarray | Tensor) else item for name, item in found.items()
+    }
+    if not is_normalisation(plain):
+        raise CheckpointError(
+            f'{where}: expected "mean" and "std", as many finite numbers each and those of std positive, found '
+            f"{value!r:.200}; {advice}"
+        )
+    return {name: [float(number) for number in row] for name, row in plain.items()}
 
 
 def refuse_classes(source: str | os.PathLike[str], found: int | None, expected: int) -> NoReturn:

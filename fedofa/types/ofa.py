@@ -17,6 +17,7 @@ anything; they are written with the axis' smallest value.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,6 +90,9 @@ def to_ofa(subnet: SubnetConfig) -> dict[str, list[float]]:
 def _row(key: str, given: Any) -> list[Any]:
     given = given.tolist() if isinstance(given, np.ndarray | np.generic) else given
     if isinstance(given, Sequence) and not isinstance(given, str):
+        rows = [entry for entry in given if getattr(entry, "ndim", 0) or isinstance(entry, Sequence)]
+        if rows:
+            raise SpaceError(f"ofa configuration, {key!r}: expected a list of numbers, found {rows[0]!r:.80} in it")
         return list(given)
     if key == "r":
         return [given]
@@ -113,11 +117,15 @@ def _split_depth(values: dict[str, list[float]], family: str) -> None:
 
 
 def _width(axis: Axis, index: Any) -> float:
-    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(axis.values):
+    try:
+        position = -1 if isinstance(index, bool) else operator.index(index)
+    except TypeError:
+        position = -1
+    if not 0 <= position < len(axis.values):
         raise SpaceError(
             f"ofa configuration, 'w': expected indices from 0 to {len(axis.values) - 1}, found {index!r:.80}"
         )
-    return axis.values[index]
+    return axis.values[position]
 
 
 def _with_absent_filled(space: SearchSpace, values: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -204,7 +204,7 @@ class SearchSpace:
         return self._normalised(indices)
 
     def _index(self, axis: Axis, position: int, value: float) -> int:
-        if value not in axis.choices(position):
+        if getattr(value, "ndim", 0) or value not in axis.choices(position):
             raise SpaceError(
                 f"space {self.family!r}, axis {axis.name!r}, position {position}: {value!r} is not allowed; "
                 f"allowed values: {list(axis.choices(position))}"
@@ -287,7 +287,8 @@ class SearchSpace:
             raise SpaceError(f"subnet of family {subnet.family!r} used with the space of {self.family!r}")
         expected = [axis.name for axis in self.axes]
         if [name for name, _ in subnet.choices] != expected:
-            raise SpaceError(f"space {self.family!r}: expected the axes {expected}, found [{subnet._axis_names()}]")
+            found = subnet._axis_names()
+            raise SpaceError(f"space {self.family!r}: expected the axes {expected} in this order, found [{found}]")
         rows = dict(subnet.choices)
         for axis in self.axes:
             self._check_row(axis, rows)

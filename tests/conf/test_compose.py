@@ -4,10 +4,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from conf.compose import (
+    MAX_SEED,
     compose_conf,
+    compose_predictor_conf,
+    compose_profile_conf,
     compose_search_conf,
     compose_shrink_conf,
     encode_conf,
@@ -31,15 +35,17 @@ from fedofa.supernet.families import build_supernet
 from fedofa.supernet.published import PUBLISHED
 from fedofa.supernet.ready_made import READY_MADE
 from fedofa.types.errors import ConfigError
+from server.cli import USAGE
 
 ROOT = Path(str(files("conf")))
 YAML = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.yaml") if path.parent.name != "experiment")
 OPTIONS = [(path.parent.name, path.stem) for path in YAML if path.parent.name]
 GROUPS = ("aggregation", "data", "finetune", "fleet", "partition", "runtime", "shrinking", "supernet", "tracking")
-OF_SHRINK = ("data", "shrinking", "supernet")
+OF_SHRINK = ("data", "optimiser", "shrinking", "supernet")
 OF_SEARCH = ("chip", "supernet")
 SCHEMAS = {
     "shrink": ShrinkConf,
+    "optimiser": ShrinkConf,
     "profile": ProfileConf,
     "predictor": PredictorConf,
     "search": SearchConf,
@@ -310,10 +316,77 @@ def test_the_settings_of_shrink_compose_and_name_their_own_keys():
         ("fleet.zzz=3", "fleet: unknown setting; `fedofa settings shrink` prints all of them"),
         ("shrinking=fast", "shrinking/fast: no such option; available: attentive, none, progressive, sandwich, turns"),
         ("shrinking.steps=many", "shrinking.steps: Value 'many'"),
+        ("optimiser=adam", "optimiser/adam: no such option; available: adamw, sgd"),
+        ("optimiser=null", "a group (data, supernet, shrinking, optimiser) needs a name"),
     ]:
         with pytest.raises(ConfigError) as caught:
             compose_shrink_conf([override])
         assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", sorted(name for group, name in OPTIONS if group == "data"))
+def test_shrink_composes_with_every_data_set(name):
+    conf = compose_shrink_conf([f"data={name}"])
+    assert conf.data == compose_conf([f"data={name}"]).data
+
+
+@pytest.mark.parametrize(
+    "override", ["rounds=5", "fleet.num_clients=3", "finetune.max_gradient_norm=2", "++evaluation.every=2"]
+)
+@pytest.mark.parametrize("data", ["har", "mnist5k"])
+def test_shrink_refuses_what_it_does_not_read_though_a_data_set_or_a_schedule_states_it(data, override):
+    name = override.lstrip("+").split("=")[0].split(".")[0]
+    with pytest.raises(ConfigError, match=f"^{name}: unknown setting; "):
+        compose_shrink_conf([f"data={data}", override])
+
+
+OF_SIMULATE = "data, partition, fleet, supernet, finetune, aggregation, shrinking, runtime, tracking"
+
+
+@pytest.mark.parametrize(
+    ("compose", "override", "message"),
+    [
+        (compose_conf, "optimiser=adamw", f"optimiser: no such group here; groups: {OF_SIMULATE}"),
+        (compose_conf, "chip=eyeriss", "chip: did you mean chip@assignment.chip?"),
+        (
+            compose_shrink_conf,
+            "partition=iid",
+            "partition: no such group here; groups: data, supernet, shrinking, optimiser",
+        ),
+        (compose_shrink_conf, "+experiment=smoke", "experiment: no such group here; groups: data, "),
+        (compose_shrink_conf, "optimizer=adamw", "optimizer: unknown setting; did you mean 'optimiser'?"),
+        (compose_search_conf, "data=har", "data: no such group here; groups: chip, supernet"),
+        (compose_predictor_conf, "optimiser=adamw", "optimiser: no such group here; groups: supernet"),
+    ],
+)
+def test_a_group_of_another_command_is_named_beside_those_there_are(compose, override, message):
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_usage_names_the_groups():
+    text = " ".join(USAGE.split())
+    assert f"groups ({OF_SIMULATE}; for shrink data, supernet, shrinking, optimiser) take" in text
+    assert {*OF_SIMULATE.split(", ")} == {*GROUPS}
+
+
+@pytest.mark.parametrize(
+    ("compose", "needed"),
+    [
+        (compose_conf, []),
+        (compose_shrink_conf, []),
+        (compose_profile_conf, ["output=any"]),
+        (compose_predictor_conf, ["pairs=any"]),
+        (compose_search_conf, ["device=any"]),
+    ],
+)
+def test_every_commands_seed_is_one_that_torch_takes(compose, needed):
+    assert compose([*needed, f"seed={MAX_SEED}"]).seed == torch.Generator().manual_seed(MAX_SEED).initial_seed()
+    for seed in (-1, MAX_SEED + 1, 2**64):
+        with pytest.raises(ConfigError, match=f"^seed: expected a whole number from 0 to {MAX_SEED}, found {seed}; "):
+            compose([*needed, f"seed={seed}"])
 
 
 def test_a_schedule_has_the_length_of_its_own_where_one_machine_trains_and_the_runs_where_a_fleet_does():

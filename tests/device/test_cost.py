@@ -59,7 +59,7 @@ def test_a_teacher_by_hand():
     assert taught.download_bytes == alone.download_bytes + 2 * 290
     assert (taught.upload_bytes, taught.macs, taught.num_parameters) == (158, 310, 79)
     assert taught.compute_seconds == pytest.approx(alone.compute_seconds + 1100 * 6 / 1000)
-    forward = 4 * (2 * 290 + 79 + 2 * 110 * 5 + 6 * (9 + 2))
+    forward = 4 * (2 * 290 + 79 + (9 + 4 * 110) * 5 + 6 * (9 + 2))
     assert forward > alone.training_bytes + 4 * (290 + 6 * 2)
     assert taught.training_bytes == forward
     small = (block("head", 100, 80, 8, 2, 8, 5),)

@@ -15,7 +15,8 @@ from fedofa.data.sources import load_source
 from fedofa.evaluation.calibration import apply_sums, calibrate, channel_sums, merge_sums, statistic_sums
 from fedofa.evaluation.metrics import evaluate
 from fedofa.finetune.inputs import prepare_inputs
-from fedofa.shrinking.central import CentralShrinking, CentralTraining
+from fedofa.shrinking.central import CentralShrinking
+from fedofa.shrinking.recipe import CentralTraining
 from fedofa.shrinking.schedule import ShrinkSchedule
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, MobileNetV3Supernet, StageSpec
 from fedofa.types.errors import DatasetError, SpaceError

@@ -76,6 +76,48 @@ def test_class_folders_run_end_to_end(simulate, tmp_path, pictures):
     assert summary["rounds"] == 1
 
 
+@pytest.fixture
+def shrink(overrides, tmp_path):
+    """Three steps of `fedofa shrink` of the small supernet; returns `summary.json` and `supernet.json`."""
+
+    def run(*more: str) -> tuple[dict, dict]:
+        kept = ("supernet.", "data.cache_dir=", "output_dir=")
+        small = [item for item in overrides(tmp_path / "run") if item.startswith(kept)]
+        steps = ["shrinking.steps=3", "shrinking.batch_size=8", "num_watched=1", "calibration_examples=20"]
+        assert main(["shrink", *small, *steps, *more]) == 0
+        return tuple(json.loads((tmp_path / "run" / name).read_text()) for name in ("summary.json", "supernet.json"))
+
+    return run
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_windows_of_motion_train_a_supernet(shrink, recordings, norm):
+    own = ["data.held_out=[2]", "data.window_samples=20", f"supernet.norm={norm}"]
+    summary, saved = shrink("data=har", f"data.path={recordings}", *own)
+    assert summary["steps"] == 3
+    assert all(np.isfinite(row["loss"]) for row in summary["subnets"])
+    assert len(saved["normalisation"]["mean"]) == 6, "one a row"
+    assert (saved["supernet"]["in_channels"], saved["supernet"]["num_classes"]) == (1, 2)
+
+
+def test_pictures_of_unlike_sizes_in_the_home_folder_train_a_supernet(shrink, pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(pictures.parent))
+    own = ["data.image_size=20", "data.test_examples=20"]
+    _, saved = shrink("data=folder", f"data.path='~/{pictures.name}'", *own)
+    assert (saved["supernet"]["in_channels"], saved["supernet"]["num_classes"]) == (1, 2)
+
+
+def test_every_setting_of_a_source_reaches_it_from_shrink_as_from_simulate(
+    overrides, tmp_path, capsys, monkeypatch, pictures
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    cache = next(item for item in overrides(tmp_path) if item.startswith("data.cache_dir="))
+    asked = ["data=hf", f"data.path={pictures}", cache, f"output_dir={tmp_path / 'run'}", "data.label_column=kind"]
+    for command in ("simulate", "shrink"):
+        assert main([command, *asked]) == 1
+        assert "no column 'kind'; it has image, label" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

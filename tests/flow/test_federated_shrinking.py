@@ -1,11 +1,15 @@
 """Federated shrinking and calibration through the command line: every schedule, resume, workers, refusals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from conf.compose import compose_conf
+from server.federation import build_parts
 
 QUICK = ("evaluation.comparison=false", "evaluation.clients=false")
 PROGRESSIVE = (*QUICK, "shrinking=progressive", "rounds=6", "evaluation.every=6", "aggregation=adam")
@@ -140,3 +144,21 @@ def test_bad_settings_are_one_clear_line(overrides, tmp_path, capsys, settings, 
     message = " ".join(capsys.readouterr().err.split())
     assert expected in message
     assert not (tmp_path / "run").exists()
+
+
+def test_the_comparison_starts_from_the_channels_that_the_run_started_from(overrides, tmp_path):
+    """Not from those that the run's last phases ordered anew: every narrow subnet would be another network."""
+    parts = build_parts(compose_conf(overrides(tmp_path, "shrinking=progressive", "rounds=6")))
+    rng = np.random.default_rng(0)
+    groups = parts.supernet.channel_groups()
+    begun = {group: rng.permutation(size // 8) for group, size in groups.items()}
+    begun = {group: (8 * order[:, None] + np.arange(8)).ravel() for group, order in begun.items()}
+    parts = replace(parts, ordering=begun)
+    strategy = parts.strategy(tmp_path / "run")
+    smallest = parts.supernet.space.smallest()
+    start = strategy.supernet.cut(smallest, strategy.state.tensors)
+    entered = strategy.shrinking.entered(6, strategy.state)
+    assert any(not np.array_equal(entered.ordering[group], begun[group]) for group in groups)
+    comparison = parts.strategy(tmp_path / "comparison", uniform=True)
+    again = comparison.supernet.cut(smallest, comparison.state.tensors)
+    assert all(np.array_equal(again[name], tensor) for name, tensor in start.items())

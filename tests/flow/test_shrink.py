@@ -132,6 +132,9 @@ def test_a_simulation_starts_from_a_shrunk_supernet(shrink, simulate, tmp_path):
         ),
         (["supernet_weights=/nowhere"], "supernet_weights: /nowhere cannot be read"),
         (["checkpoint_every=0"], "checkpoint_every: expected at least 1, found 0"),
+        (["num_threads=0"], "num_threads: expected at least 1, found 0"),
+        (["shrinking.prefer=worst"], "shrinking.prefer: only shrinking.schedule=attentive reads it, found 'worst'"),
+        (["shrinking.optimiser=adamw"], "shrinking.learning_rate: expected below 0.1 with adamw"),
     ],
 )
 def test_bad_settings_are_one_clear_error(command, tmp_path, capfd, overrides, message):
@@ -146,9 +149,37 @@ def test_bad_settings_are_one_clear_error(command, tmp_path, capfd, overrides, m
 
 def test_weights_that_the_run_would_move_aside_are_refused(command, tmp_path, capfd):
     weights = tmp_path / "run" / "fedavg_weakest"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text("{}")
     assert main(command(tmp_path / "run", f"supernet_weights={weights}")[3:]) == 1
     text = capfd.readouterr().err.replace("\n", " ")
     assert f"supernet_weights: {weights} lies in output_dir ({tmp_path / 'run'}), whose content is moved aside" in text
+
+
+def test_a_run_goes_on_only_with_the_weights_that_it_started_from(command, tmp_path, capfd):
+    settings = ["shrinking.steps=2", "num_watched=0", "checkpoint_every=1"]
+    assert main(command(tmp_path / "weights", *settings)[3:]) == 0
+    started = [*settings, f"supernet_weights={tmp_path / 'weights'}"]
+    assert main(command(tmp_path / "run", *started)[3:]) == 0
+    (tmp_path / "weights").rename(tmp_path / "moved")
+    again = [*settings, f"supernet_weights={tmp_path / 'moved'}", "resume=true", "resume_step=1"]
+    assert main(command(tmp_path / "run", *again)[3:]) == 0
+    description = json.loads((tmp_path / "moved/supernet.json").read_text())
+    description["normalisation"]["mean"] = [0.25]
+    (tmp_path / "moved/supernet.json").write_text(json.dumps(description))
+    capfd.readouterr()
+    assert main(command(tmp_path / "run", *again)[3:]) == 1
+    assert "supernet_weights" in capfd.readouterr().err
+
+
+def test_training_that_ends_in_useless_weights_is_no_result(command, tmp_path, capfd):
+    """The only loss that is known, that of the first weights, was fine."""
+    rate = ["shrinking=turns", "shrinking.steps=1", "shrinking.learning_rate=1e30", "shrinking.max_gradient_norm=0"]
+    assert main(command(tmp_path / "run", *rate)[3:]) == 1
+    text = capfd.readouterr().err.replace("\n", " ")
+    assert "step 1: the trained subnets' losses are not finite" in text
+    assert not (tmp_path / "run/summary.json").exists()
+    assert not (tmp_path / "run/supernet.safetensors").exists()
 
 
 def test_the_settings_of_shrink_are_printed(capsys):

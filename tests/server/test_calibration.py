@@ -1,6 +1,10 @@
 """Federated calibration: the clients' sums are the central ones, whoever answers first, and bad ones do not count."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,10 +166,30 @@ def test_a_bad_answer_costs_only_its_client(spoiled, message):
             assert sums.total.tobytes() == without[subnet][name].total.tobytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("supernet.norm=batch", "smallest", "150", "100"),
+        ("supernet=medium supernet.norm=batch", "largest", "100", "100"),
+        ("supernet=medium", "largest", "60", "8"),
+    ],
+    ids=" ".join,
+)
+def test_a_client_scores_and_observes_within_the_memory_that_is_counted(arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, str(Path(__file__).with_name("forward_script.py")), *arguments]
+    printed = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    measured, counted = map(int, printed.split())
+    assert 0.2 * counted < measured <= counted
+
+
 def test_only_clients_whose_memory_holds_the_subnet_are_asked():
     small, largest = SUBNETS
-    limit = forward_bytes(SUPERNET.block_costs(small), PLANNER.work(21)) + 10.0
-    assert forward_bytes(SUPERNET.block_costs(largest), PLANNER.work(21)) > limit
+    whole = replace(PLANNER.work(21), batch_size=21)
+    limit = forward_bytes(SUPERNET.block_costs(small), whole) + 10.0
+    assert forward_bytes(SUPERNET.block_costs(small), PLANNER.work(21)) < limit, "training takes fewer at a time"
+    assert forward_bytes(SUPERNET.block_costs(largest), whole) > limit
     clients = Clients()
     collect(clients, infos(a=limit))
     assert clients.asked == [["client-a", "client-b", "client-c"], ["client-b", "client-c"]]

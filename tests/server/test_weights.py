@@ -1,6 +1,7 @@
 """A supernet's files: what one run leaves is what another starts from, or one clear error."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from cohorts import build_supernet
 
 from fedofa.data.sources import ImageSet
 from fedofa.supernet import MobileNetV3Supernet, save_published
+from fedofa.supernet.chain import BlockSize, ChainSpec
+from fedofa.supernet.families import build_elastic
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
 from fedofa.types.errors import CheckpointError, MisfitError
@@ -261,3 +264,47 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("no tensors")
     with pytest.raises(CheckpointError, match=r"supernet_weights: .*notes\.txt"):
         start_from(mobilenet(12), tmp_path / "notes.txt", DRAWS)
+
+
+CHAIN = ChainSpec((BlockSize(8), BlockSize(16, 5, 4, 2)), num_classes=3, stem_width=8, feature_width=16)
+OWN = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+
+
+def chain_written(folder, **settings):
+    """A run's folder of a chain whose source took over these settings."""
+    source = build_elastic(replace(CHAIN, **settings), torch.Generator().manual_seed(1))
+    write_supernet(folder, source.state(), source.description(), source.normalisation or {})
+    return source
+
+
+@pytest.mark.parametrize("mean", [(), (0.1, 0.2, 0.3)], ids=["the data's", "another"])
+def test_a_normalisation_that_a_source_took_over_comes_with_the_folder(tmp_path, mean):
+    source = chain_written(tmp_path, mean=tuple(OWN["mean"]), std=tuple(OWN["std"]))
+    supernet = build_elastic(replace(CHAIN, mean=mean, std=mean), torch.Generator().manual_seed(2))
+    assert start_from(supernet, tmp_path, DRAWS) is None
+    assert supernet.state().digest() == source.state().digest()
+    assert supernet.normalisation == OWN
+
+
+def test_what_else_a_source_took_over_is_named_with_the_overrides_to_give(tmp_path):
+    chain_written(tmp_path, padding="tensorflow", norm_eps=1e-3, mean=tuple(OWN["mean"]), std=tuple(OWN["std"]))
+    supernet = build_elastic(CHAIN, torch.Generator().manual_seed(2))
+    with pytest.raises(CheckpointError) as caught:
+        start_from(supernet, tmp_path, DRAWS)
+    said = "give supernet.norm_eps=0.001 supernet.padding=tensorflow supernet.pretrained=null"
+    assert str(caught.value).endswith(said) and "norm_eps: 0.001 there, 1e-05 here; padding: " in str(caught.value)
+    chain_written(tmp_path, stem_width=16, padding="tensorflow")
+    with pytest.raises(CheckpointError, match=r"another space: .*stem_width: 16 there, 8 here.* made with$"):
+        start_from(supernet, tmp_path, DRAWS)
+
+
+def test_the_description_stands_for_its_folder(tmp_path):
+    source, supernet = build_supernet(1), build_supernet(2)
+    written(tmp_path, source)
+    start_from(supernet, tmp_path / "supernet.json", DRAWS)
+    assert supernet.state().digest() == source.state().digest()
+    (tmp_path / "supernet.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match="cannot be read: .*expected a run's folder with supernet.safetensors and"
+    ):
+        start_from(supernet, tmp_path / "supernet.json", DRAWS)

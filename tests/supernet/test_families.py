@@ -1,14 +1,16 @@
 """From a description to a supernet, and what is said about descriptions that are none."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cohorts import SPEC, SPECS
 
 from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.families import build_elastic, build_supernet, two_conv_cnn
-from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
+from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec, StageSpec
 from fedofa.types.errors import ConfigError
 
 CHAIN = {
@@ -145,6 +147,41 @@ STAGE, BLOCK = SMALL["stages"][0], CHAIN["blocks"][1]
         (CHAIN, {"blocks": [{**BLOCK, "stride": 1.5}]}, r"supernet\.blocks: stride: .*found 1\.5"),
         (CHAIN, {"blocks": [{**BLOCK, "expand": "4"}]}, r"supernet\.blocks: expand: .*positive number, found '4'"),
         (CHAIN, {"blocks": "abc"}, r"supernet\.blocks: expected a list, found 'abc'"),
+        (SMALL, {"num_classes": True}, r"supernet\.num_classes: expected a whole number of at least 1, found True"),
+        (SMALL, {"expands": [True, 3]}, r"supernet\.expands: expected positive numbers, found \[True\]"),
+        (SMALL, {"dropout": False}, r"supernet\.dropout: expected a number in \[0, 1\), found False"),
+        (SMALL, {"lite_residual": "false"}, r"supernet\.lite_residual: expected true or false, found 'false'"),
+        (CHAIN, {"lite_residual": 1}, r"supernet\.lite_residual: expected true or false, found 1"),
+        (CHAIN, {"stem_pool": "false"}, r"supernet\.stem_pool: expected true or false, found 'false'"),
+        (
+            SMALL,
+            {"stages": [{**STAGE, "squeeze_excite": "false"}]},
+            r"supernet\.stages: squeeze_excite: expected true or false, found 'false'",
+        ),
+        (
+            CHAIN,
+            {"blocks": [{"width": 8}, {"width": 16, "expand": 0.05}]},
+            r"supernet\.blocks: expand: 0\.05 leaves 'stages\.1\.0' without inner channels; expected at least one",
+        ),
+        (
+            SMALL,
+            {"expands": [1, 1.1, 1.2]},
+            r"supernet\.expands: \[1, 1\.1, 1\.2\] times the 8 channels .* are \[8, 16, 16\].*another width",
+        ),
+        (
+            PROXYLESS,
+            {"expands": [1, 1.1, 1.2]},
+            r"supernet\.expands: \[1, 1\.1, 1\.2\] times the 8 channels .* are \[8, 16, 16\].*another width",
+        ),
+        (CHAIN, {"mean": [0.5, 0.5], "std": [1, 1]}, r"supernet\.mean: expected one value for each of 1 channels"),
+        (CHAIN, {"mean": []}, r"supernet\.mean: expected one value for each of 1 channels, in both mean and std"),
+        (CHAIN, {"std": [0]}, r"supernet\.mean and supernet\.std: .*those of std positive, found .*'std': \(0,\)"),
+        (CHAIN, {"std": [-1.0]}, r"supernet\.mean and supernet\.std: .*found .*'std': \(-1\.0,\)"),
+        (CHAIN, {"mean": [float("nan")]}, r"supernet\.mean and supernet\.std: expected finite.*'mean': \(nan,\)"),
+        (CHAIN, {"mean": ["a"]}, r"supernet\.mean and supernet\.std: expected finite.*'mean': \('a',\)"),
+        (CHAIN, {"mean": [[0.5]]}, r"supernet\.mean and supernet\.std: expected finite.*'mean': \(\[0\.5\],\)"),
+        (CHAIN, {"mean": "a"}, r"supernet\.mean: expected a list, found 'a'"),
+        (CHAIN, {"std": None}, r"supernet\.std: expected a list, found None"),
     ],
 )
 def test_settings_that_make_no_network_are_refused_by_name(description, change, message):
@@ -189,3 +226,17 @@ def test_what_is_no_description_is_refused(description):
 def test_a_malformed_description_is_refused_as_a_setting(description):
     with pytest.raises(ConfigError):
         build_supernet(description)
+
+
+def test_a_stage_of_one_block_is_not_asked_for_the_widths_of_a_second():
+    stage = StageSpec(8, 2, "relu", False)
+    spec = replace(SPEC, first_width=16, stages=(stage,), expands=(1.5, 2), depths=(1,))
+    assert build_elastic(spec).space.count() == 3 * 2
+    with pytest.raises(ConfigError, match=r"\[1\.5, 2\] times the 8 channels of a block's input are \[16, 16\]"):
+        replace(spec, depths=(1, 2))
+
+
+def test_a_normalisation_of_numpys_numbers_travels():
+    chain = ChainSpec((BlockSize(8),), in_channels=1, mean=(np.float32(0.5),), std=(np.float64(0.25),))
+    assert json.loads(json.dumps(chain.to_json()))["mean"] == [0.5]
+    assert build_elastic(chain).normalisation == {"mean": [0.5], "std": [0.25]}

@@ -26,6 +26,7 @@ from fedofa.supernet.chain_weights import load_weights
 from fedofa.supernet.layouts import LAYOUTS
 from fedofa.supernet.pretrained import load_pretrained, start_from
 from fedofa.supernet.ready_made import READY_MADE, TIMM
+from fedofa.supernet.resnet import ResNetSpec
 from fedofa.supernet.weights_file import read_weights
 from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
 
@@ -454,6 +455,29 @@ def test_files_that_are_none_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match=message) as refused:
             load_pretrained(tmp_path / name, TINY)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.SAFETENSORS", "net.pth"])
+def test_safetensors_are_read_whatever_the_file_is_named(tmp_path, name):
+    weights = {key: value.detach() for key, value in file_of(random_supernet(), "fedofa").items()}
+    save_file(weights, tmp_path / name)
+    assert all(torch.equal(value, weights[key]) for key, value in read_weights(tmp_path / name).items())
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(
+        CheckpointError, match=rf"{tmp_path}: expected a file of weights, found a folder; .*supernet_we"
+    ):
+        load_pretrained(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("spec", [{"a": 1}, ResNetSpec(), 3], ids=["object", "ResNetSpec", "number"])
+def test_a_spec_of_another_kind_is_refused(tmp_path, spec):
+    torch.save(file_of(random_supernet(), "fedofa"), tmp_path / "net.pth")
+    with pytest.raises(
+        ConfigError, match="load_pretrained: expected a ChainSpec or one of efficientnet_lite0, .* found"
+    ):
+        load_pretrained(tmp_path / "net.pth", spec)
 
 
 def test_names_that_are_none_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fedofa.supernet.chain import BlockSize, ChainSpec
 from fedofa.supernet.families import build_elastic
 from fedofa.supernet.fixed import FixedSupernet
 from fedofa.supernet.mobilenet_v3 import MobileNetV3Spec
+from fedofa.supernet.network import is_lite
 from fedofa.supernet.published import load_published_weights, start_from_published
 from fedofa.supernet.published_keys import published_names, spellings
 from fedofa.types.errors import CheckpointError, ConfigError, MisfitError
@@ -264,6 +266,8 @@ def test_values_that_are_no_weights_are_refused(written, tmp_path, key, change, 
 def test_an_unknown_name_is_refused(written):
     with pytest.raises(ConfigError, match="expected a name of ofa_mbv3_d234_e346_k357_w1.0, .*, found 'ofa_mbv4'"):
         load_published(written, "ofa_mbv4")
+    with pytest.raises(ConfigError, match=r"expected a name of .*, found \['x'\]"):
+        load_published(written, ["x"])  # type: ignore[arg-type]
 
 
 def test_files_that_hold_no_state_dict_are_refused(tmp_path):
@@ -306,3 +310,95 @@ def test_the_public_names_load_no_more_than_they_need():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(ImportError):
         from fedofa.supernet import nothing  # noqa: F401
+
+
+def test_keys_that_are_none_of_a_published_files_are_shown(written, tmp_path):
+    weights = {f"module.{key}": value for key, value in weights_of(written).items()}
+    for name in (None, NAME):
+        with pytest.raises(MisfitError) as caught:
+            load_published(written_again(weights, tmp_path / "parallel"), name)
+        assert str(caught.value).startswith(
+            f"{tmp_path / 'parallel'}: none of its keys is a published checkpoint's: expected keys such as "
+            "'first_conv.conv.weight' under 'state_dict', found 'module.first_conv.conv.weight', "
+        )
+        assert f"and {len(weights) - 3} more; rename them" in str(caught.value)
+        assert caught.value.problems == tuple(f"unknown {key}" for key in sorted(weights))
+    with pytest.raises(MisfitError, match="none of its keys is .* found none; rename them"):
+        load_published(written_again({}, tmp_path / "empty"))
+
+
+def test_a_file_that_fits_but_is_damaged_is_not_said_to_be_another(written, tmp_path):
+    weights = weights_of(written)
+    weights["first_conv.bn.bias"][0] = float("nan")
+    with pytest.raises(MisfitError, match=rf"damaged: the weights do not fit {NAME}: 1 problems: damaged first_conv"):
+        load_published(written_again(weights, tmp_path / "damaged"))
+
+
+def test_a_normalisation_of_other_channels_is_refused(written, tmp_path):
+    torch.save({"state_dict": weights_of(written), "normalisation": {"mean": [0.5], "std": [1]}}, tmp_path / "grey")
+    with pytest.raises(
+        CheckpointError, match="grey: normalisation: expected one mean and std for each of 3 ch.*found 1"
+    ):
+        load_published(tmp_path / "grey")
+
+
+def small_published() -> MobileNetV3Supernet:
+    return MobileNetV3Supernet(MobileNetV3Spec(num_classes=2), torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "normalisation",
+    [
+        {"mean": np.array([0.5, 0.4, 0.3]), "std": np.array([0.1, 0.2, 0.3])},
+        {"mean": [np.float64(0.5), 0.4, 0.3], "std": (0.1, 0.2, np.float64(0.3))},
+        {"mean": torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64), "std": [0.1, 0.2, 0.3]},
+    ],
+    ids=["arrays", "numbers", "tensors"],
+)
+def test_a_normalisation_in_numpys_words_is_written_in_plain_ones(tmp_path, normalisation):
+    supernet = small_published()
+    supernet.normalisation = normalisation
+    save_published(supernet, tmp_path / "own")
+    assert load_published(tmp_path / "own", num_classes=2).normalisation == OWN
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "message"),
+    [
+        ({"mean": [0.5] * 3, "std": [0.0] * 3}, r"supernet\.normalisation: expected .* those of std positive, found"),
+        ([0.5], r"supernet\.normalisation: expected .*, found \[0\.5\]; correct it"),
+        ({"mean": [0.5], "std": [0.5]}, r"supernet\.normalisation: expected one mean and std for each of 3 .*found 1"),
+    ],
+)
+def test_a_normalisation_that_could_not_be_read_is_not_written(tmp_path, normalisation, message):
+    supernet = small_published()
+    supernet.normalisation = normalisation
+    with pytest.raises(CheckpointError, match=message):
+        save_published(supernet, tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_could_not_be_read_are_not_written(tmp_path):
+    supernet = small_published()
+    with torch.no_grad():
+        supernet.shared()["stem.conv.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(
+        MisfitError, match=r"values are no weights: stem\.conv\.weight: expected finite values, found 1 of"
+    ):
+        save_published(supernet, tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_without_a_name_is_one_error(supernet):
+    with pytest.raises(CheckpointError, match=r"\.: cannot be written \(it is a folder\); choose another path"):
+        save_published(supernet, ".")
+
+
+def test_lite_residual_branches_stay_as_they_are_beside_a_files_weights(supernet, written):
+    lite = build_elastic(replace(MobileNetV3Spec(), lite_residual=True), torch.Generator().manual_seed(1))
+    before = {name: tensor.clone() for name, tensor in lite.shared().items()}
+    load_published_weights(lite, weights_of(written))
+    for name, tensor in lite.shared().items():
+        assert torch.equal(tensor, before[name] if is_lite(name) else supernet.shared()[name])
+    with pytest.raises(MisfitError, match=r"do not fit ofa_mbv3_.*: \d+ problems: missing blocks"):
+        load_published_weights(lite, {})

@@ -2,6 +2,8 @@
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedofa.supernet.families import build_elastic
+from fedofa.supernet.fixed import FixedSupernet
 from fedofa.types.errors import CheckpointError, SpaceError
 from fedofa.types.space import SubnetConfig
 
@@ -236,6 +239,11 @@ def test_a_subnet_of_another_space_is_refused():
         (lambda sizes: {"stages.1.0.mid": np.zeros(sizes["stages.1.0.mid"], int)}, r"a permutation of 0\.\.23"),
         (lambda sizes: {"stages.1.0.mid": np.arange(8)}, r"'stages.1.0.mid': expected a permutation of 0\.\.23"),
         (lambda sizes: {"stages.1.0.mid": np.arange(1, 25)}, r"a permutation of 0\.\.23"),
+        (lambda sizes: {"stages.1.0.mid": np.arange(24).reshape(3, 8)}, r"0\.\.23, found array\(\[\[ 0, 1, 2"),
+        (lambda sizes: {"stages.1.0.mid": np.arange(24.0)}, r"a permutation of 0\.\.23, found array\(\[ 0\., 1\."),
+        (lambda sizes: {"stages.1.0.mid": None}, r"a permutation of 0\.\.23, found None"),
+        (lambda sizes: {"stages.1.0.mid": "abc"}, r"a permutation of 0\.\.23, found 'abc'"),
+        (lambda sizes: {"stages.1.0.mid": [[1], [2, 3]]}, r"a permutation of 0\.\.23, found \[\[1\], \[2, 3\]\]"),
     ],
 )
 def test_an_ordering_that_is_none_is_refused_and_the_old_one_stays(change, message):
@@ -334,3 +342,147 @@ def test_assemble_takes_exactly_the_subnets_tensors():
     del tensors["stem.norm.running_var"]
     with pytest.raises(SpaceError, match=r"needs the tensor 'stem\.norm\.running_var'"):
         supernet.assemble(subnet, tensors)
+
+
+def test_assemble_takes_only_tensors_of_the_subnets_shapes():
+    supernet = SUPERNETS["batch"].eval()
+    large, small = supernet.space.largest(), supernet.space.subnet(kernel=3)
+    arrays = {name: tensor.detach().numpy() for name, tensor in supernet.cut(small).items()}
+    message = (
+        r"another subnet's: .*depthwise\.conv\.weight: expected shape \(24, 1, 7, 7\), found \(24, 1, 3, 3\); .*give"
+    )
+    with pytest.raises(SpaceError, match=message):
+        supernet.attach(large, arrays)
+    statistic = "stem.norm.running_var"
+    with pytest.raises(SpaceError, match=r"stem\.norm\.running_var: expected shape \(8,\), found \(9,\); give"):
+        supernet.assemble(small, {**supernet.cut(small), statistic: torch.ones(9)})
+    wrapped = FixedSupernet(torch.nn.Linear(2, 3), (1, 1, 2))
+    with pytest.raises(SpaceError, match=r"weight: expected shape \(3, 2\), found \(3, 1\); give"):
+        wrapped.attach(wrapped.space.largest(), {"weight": np.zeros((3, 1)), "bias": np.zeros(3)})
+
+
+def test_an_ordering_is_copied_and_may_be_any_view():
+    supernet = build_supernet(1, norm="batch", shuffled=False).eval()
+    subnet, group = supernet.space.smallest(), "stages.1.0.mid"
+    order = np.arange(24)
+    supernet.set_ordering({group: order[::-1]})
+    with torch.no_grad():
+        x, expected = images(16), supernet.build(subnet).eval()(images(16))
+        torch.testing.assert_close(supernet(x, subnet), expected, atol=1e-6, rtol=1e-6)
+        order[:] = np.roll(order, 5)
+        supernet.state().ordering[group][:] = 0
+        assert supernet.ordering[group].tolist() == list(range(23, -1, -1))
+        torch.testing.assert_close(supernet(x, subnet), expected, atol=1e-6, rtol=1e-6)
+        order.flags.writeable = False
+        supernet.set_ordering({group: order})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            supernet(x, subnet)
+
+
+def test_freezing_a_skeleton_or_a_structure_freezes_nothing_made_later():
+    structure = build_elastic(SPEC)
+    for made in (structure, structure.skeleton(structure.space.largest())):
+        made.requires_grad_(False)
+        for later in (
+            structure.skeleton(structure.space.largest()),
+            build_elastic(SPEC),
+            build_elastic(SPEC, torch.Generator().manual_seed(0)),
+        ):
+            assert all(parameter.requires_grad for parameter in later.parameters())
+    structure.skeleton(structure.space.largest()).half()
+    assert {tensor.dtype for tensor in build_elastic(SPEC).shared().values()} == {torch.float32}
+
+
+def test_skeletons_first_made_in_inference_mode_serve_outside_it():
+    spec = replace(SPEC, norm_eps=3e-5, num_classes=3, norm="batch")  # parts that no other test makes
+    with torch.inference_mode():
+        build_elastic(spec)
+    supernet = build_elastic(spec, torch.Generator().manual_seed(0))
+    supernet(images(16), supernet.space.largest()).sum().backward()
+    assert supernet.shared()["stem.conv.weight"].grad is not None
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_weights_are_of_one_type_whatever_torchs_default_is():
+    spec = replace(SPEC, norm_eps=4e-5, norm="batch")  # parts that no other test makes
+    for default in (torch.float64, torch.float32):
+        with default_dtype(default):
+            supernet = build_elastic(spec, torch.Generator().manual_seed(0))
+            assert {tensor.dtype for tensor in supernet.shared().values()} == {torch.float32}
+            subnet = supernet.space.smallest()
+            for parametrised in (False, True):
+                made = supernet.structure(subnet, parametrised)
+                assert {tensor.dtype for tensor in made.state_dict().values()} == {torch.float32}
+            assert supernet(images(16).float(), subnet).dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_state_dict_carries_the_ordering_and_the_normalisation(norm, tmp_path):
+    source, target = SUPERNETS[norm].eval(), build_supernet(9, norm=norm, shuffled=False).eval()
+    subnet, x = source.space.smallest(), images(16)
+    source.normalisation = {"mean": np.array([0.5]), "std": [np.float32(0.25)]}
+    torch.save(source.state_dict(), tmp_path / "supernet.pth")
+    source.normalisation = None
+    target.load_state_dict(torch.load(tmp_path / "supernet.pth", weights_only=True))
+    assert target.state().digest() == source.state().digest()
+    assert target.normalisation == {"mean": [0.5], "std": [0.25]}
+    with torch.no_grad():
+        assert torch.equal(target(x, subnet), source(x, subnet))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (None, "as its extra state, found None; use"),
+        ({"ordering": {}}, "as its extra state, found .*; use"),
+        ({"ordering": [1], "normalisation": None}, "as its extra state, found .*; use"),
+        ({"ordering": {"x": torch.arange(3)}, "normalisation": None}, "unknown channel group 'x'"),
+        ({"ordering": {"stages.1.0.mid": 3}, "normalisation": None}, r"a permutation of 0\.\.23, found 3"),
+        ({"ordering": {}, "normalisation": {"mean": [0.5], "std": [0.0]}}, "normalisation: .* std positive"),
+    ],
+)
+def test_a_state_dict_that_carries_something_else_is_refused_and_nothing_is_loaded(extra, message):
+    supernet, other = build_supernet(1), build_supernet(2)
+    before, weights = supernet.state().digest(), other.state_dict()
+    with pytest.raises((CheckpointError, SpaceError), match=message):
+        supernet.load_state_dict({**weights, "_extra_state": extra})
+    assert supernet.state().digest() == before and supernet.normalisation is None
+    del weights["_extra_state"]
+    with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
+        supernet.load_state_dict(weights)
+
+
+def test_a_normalisation_that_is_none_is_not_saved():
+    supernet = build_supernet(1)
+    supernet.normalisation = {"mean": [0.5], "std": [-1.0]}
+    with pytest.raises(
+        CheckpointError, match=r"normalisation: expected .* found \{'mean': \[0\.5\], 'std': \[-1\.0\]\}"
+    ):
+        supernet.state_dict()
+
+
+def test_a_supernet_of_structure_only_says_so_wherever_weights_are_needed():
+    supernet, wrapped = build_elastic(SPEC), FixedSupernet(torch.nn.Linear(2, 3, device="meta"), (1, 1, 2))
+    subnet, given_tensors = supernet.space.smallest(), build_supernet(1).shared()
+    for use in (
+        supernet.state,
+        lambda: supernet.cut(subnet),
+        lambda: supernet.build(subnet),
+        lambda: supernet(images(16), subnet),
+        wrapped.state,
+        lambda: wrapped(torch.zeros(1, 2), wrapped.space.largest()),
+    ):
+        with pytest.raises(CheckpointError, match=r"is structure only.*build it with a generator"):
+            use()
+    assert supernet(images(16).to("meta"), subnet).shape == (3, SPEC.num_classes)
+    assert not any(tensor.is_meta for tensor in supernet.build(subnet, given_tensors).state_dict().values())

@@ -61,6 +61,8 @@ def test_configurations_as_the_package_passes_them_about_are_read():
     assert SubnetConfig.from_ofa({**arrays, "r": np.int64(160), "wid": None}, "mobilenet_v3") == expected
     widths = {key: np.array(row) for key, row in RESNET.items()}
     assert SubnetConfig.from_ofa(widths, "resnet") == SubnetConfig.from_ofa(RESNET, "resnet")
+    numbers = {key: [np.array(row)[n] for n in range(len(row))] for key, row in RESNET.items()}
+    assert SubnetConfig.from_ofa(numbers, "resnet") == SubnetConfig.from_ofa(RESNET, "resnet")
 
 
 def test_entries_of_absent_blocks_do_not_matter():
@@ -93,6 +95,12 @@ def test_entries_of_absent_blocks_do_not_matter():
         ({**RESNET, "d": [1, 0, 0, 0, 0]}, "resnet", r"axis 'stem_depth', position 0: 1 is not allowed.*\[0, 2\]"),
         ({**RESNET, "w": [0, 0, 0, 0, 0, 3]}, "resnet", "'w': expected indices from 0 to 2, found 3"),
         ({**RESNET, "w": [0.65] * 6}, "resnet", "'w': expected indices from 0 to 2, found 0.65"),
+        ({**RESNET, "w": [True] * 6}, "resnet", "'w': expected indices from 0 to 2, found True"),
+        ({**RESNET, "w": [np.int64(3)] * 6}, "resnet", r"'w': expected indices from 0 to 2, found np.int64\(3\)"),
+        ({**V3, "ks": [np.array([3, 3])] * 20}, "mobilenet_v3", r"'ks': expected a list of numbers, found array\("),
+        ({**V3, "ks": [[3, 3]] * 20}, "mobilenet_v3", r"'ks': expected a list of numbers, found \[3, 3\] in it"),
+        ({**V3, "ks": np.full((20, 2), 3)}, "mobilenet_v3", r"'ks': expected a list of numbers, found \[3, 3\] in it"),
+        ({**PROXYLESS, "d": [np.array([1, 1])] * 6}, "proxyless", r"'d': expected a list of numbers, found array\("),
     ],
 )
 def test_what_is_no_configuration_is_refused(architecture, family, message):

@@ -277,3 +277,19 @@ def test_the_values_of_an_axis_are_distinct_and_ascending(values):
 def test_from_json_refuses_what_is_not_a_configuration(value):
     with pytest.raises(SpaceError, match="not a subnet configuration"):
         SubnetConfig.from_json(value)
+
+
+def test_a_row_of_arrays_is_refused():
+    with pytest.raises(
+        SpaceError, match=r"axis 'kernel', position 1: array\(\[3, 3\]\) is not allowed; allowed values"
+    ):
+        SPACE.subnet(kernel=[3, np.array([3, 3])])  # type: ignore[list-item]
+
+
+def test_axes_in_another_order_are_refused_by_their_order():
+    value = SPACE.largest().to_json()
+    again = SubnetConfig.from_json({**value, "choices": dict(reversed(value["choices"].items()))})
+    with pytest.raises(
+        SpaceError, match=r"\['depth', 'kernel', 'resolution'\] in this order, found \[resolution, kernel"
+    ):
+        SPACE.check(again)
