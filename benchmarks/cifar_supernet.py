@@ -12,7 +12,7 @@ were not trained alone. The last line is machine-readable.
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,8 @@ class Job:
 
     def claim(self) -> None:
         """Refuse a folder of other settings; its results would be printed as this job's."""
-        given = {**asdict(self), "folder": None, "data_path": None}
-        parts = {part: _without_paths(self.settings(part)) for part in ("head", "supernet")}
-        kept, own = self.folder / "job.json", {**given, **parts}
+        own = {f"{part} {name}": value for part in PARTS[:2] for name, value in _computed(self.settings(part)).items()}
+        kept = self.folder / "job.json"
         if kept.exists() and (found := json.loads(kept.read_text())) != own:
             differing = {name: (found.get(name), value) for name, value in own.items() if found.get(name) != value}
             raise SystemExit(f"{self.folder}: made with other settings (then, now): {differing}; give another --folder")
@@ -118,10 +117,11 @@ class Job:
             run_shrinking(compose_shrink_conf(self.settings(part)))
 
 
-def _without_paths(overrides: list[str]) -> list[str]:
-    """What a part computes, wherever its files are, and however far it is."""
-    paths = ("output_dir=", "supernet_weights=", "data.path=", "resume=")
-    return [item for item in overrides if not item.startswith(paths)]
+def _computed(overrides: list[str]) -> dict[str, str]:
+    """The settings that say what a part computes, wherever its files are, and however far it is."""
+    given = dict(override.split("=", 1) for override in overrides)
+    elsewhere = ("output_dir", "supernet_weights", "data.path", "resume")
+    return {name: value for name, value in given.items() if name not in elsewhere}
 
 
 def _alone(sizes: Mapping[str, float], steps: int) -> list[str]:

@@ -29,11 +29,8 @@ def test_parts_of_the_cifar_benchmark_build_on_each_other(benchmark, tmp_path, m
     job = benchmark.Job(tmp_path, steps=100, head_steps=1, **settings)
     job.claim()
     job.train("head")
-    job.train("head")  # done: nothing to go on with
-    largest = job.started("head").supernet.state()
-    assert largest.digest() == job.started("head").supernet.state().digest()
     alone = {part: job.steps_alone(part) for part in benchmark.ALONE}
     assert 50 < alone["alone_largest"] < 100 < alone["alone_half"] < alone["alone_smallest"] < 300
     assert not job.is_trained("supernet")
-    with pytest.raises(SystemExit, match=r"made with other settings \(then, now\): {'steps': \(100, 200\)}"):
+    with pytest.raises(SystemExit, match=r"\(then, now\): {'supernet shrinking.steps': \('100', '200'\)}; give"):
         benchmark.Job(tmp_path, steps=200, head_steps=1, **settings).claim()
