@@ -38,6 +38,7 @@ _SUBNET_SEED = 11
 PARTS = ("head", "supernet", *ALONE)
 _ORDER_BATCHES = 30
 """By which the largest subnet, as it has its classifier, says which channels narrower ones keep."""
+_RECIPES = {"sgd": ("shrinking.learning_rate=0.05",), "adamw": ("optimiser=adamw",)}
 _TURNS = 3
 """Random subnets between the turns of the largest and of the smallest."""
 
@@ -50,6 +51,7 @@ class Job:
     steps: int
     head_steps: int
     teacher_share: float
+    optimiser: str
     precision: str
     seed: int
     threads: int
@@ -73,7 +75,7 @@ class Job:
             rate = ["shrinking.learning_rate=0.005", "shrinking.max_gradient_norm=0"]
             return [*common, *_alone(_LARGEST, self.head_steps), "shrinking.frozen=[stem,stages,mix]", *rate]
         common += [f"supernet_weights={self.folder / 'head'}", "shrinking.frozen=[stem,stages.0]"]
-        common += ["optimiser=adamw", f"shrinking.order_batches={_ORDER_BATCHES}"]
+        common += [*_RECIPES[self.optimiser], f"shrinking.order_batches={_ORDER_BATCHES}"]
         if part == "supernet":
             rule = [f"shrinking.num_random={_TURNS}", f"shrinking.teacher_share={self.teacher_share}"]
             return [*common, "shrinking=turns", f"shrinking.steps={self.steps}", *rule]
@@ -175,7 +177,7 @@ def measure(job: Job) -> dict[str, Any]:
     rows.sort(key=lambda row: row["macs"])
     spent = {part: _spent(job.folder / part) for part in PARTS if job.is_trained(part)}
     described = {"schedule": "turns", "steps": job.steps, "seed": job.seed, "precision": job.precision}
-    described["teacher_share"] = job.teacher_share
+    described |= {"teacher_share": job.teacher_share, "optimiser": job.optimiser}
     return {**described, "subnets": rows, "parts": spent, "versions": versions()}
 
 
@@ -213,13 +215,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8400, help="of the single stage, 64 images each")
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--teacher-share", type=float, default=0.0, help="of the loss: what the largest answered")
+    parser.add_argument("--optimiser", choices=tuple(_RECIPES), default="sgd")
     parser.add_argument("--precision", default="float32", help="bfloat16 where the processor multiplies it itself")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-path", type=Path, default=Path("../shared/data/cifar10_jpegpack.npz"))
     given = parser.parse_args()
     keep_freed_memory()
-    names = ("steps", "head_steps", "teacher_share", "precision", "seed", "threads")
+    names = ("steps", "head_steps", "teacher_share", "optimiser", "precision", "seed", "threads")
     settings = {name: getattr(given, name) for name in names}
     job = Job(given.folder.resolve(), data_path=given.data_path.resolve(), **settings)
     unknown = sorted(set(given.parts) - set(PARTS))

@@ -25,7 +25,14 @@ def benchmark():
 @pytest.mark.skipif(not PACK.exists(), reason=f"no CIFAR-10 pack at {PACK}; set FEDOFA_SHARED_DATA to its directory")
 def test_parts_of_the_cifar_benchmark_build_on_each_other(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDOFA_CACHE", str(tmp_path / "cache"))
-    settings = {"teacher_share": 0.0, "precision": "float32", "seed": 0, "threads": 1, "data_path": PACK}
+    settings = {
+        "teacher_share": 0.0,
+        "optimiser": "adamw",
+        "precision": "float32",
+        "seed": 0,
+        "threads": 1,
+        "data_path": PACK,
+    }
     job = benchmark.Job(tmp_path, steps=100, head_steps=1, **settings)
     job.claim()
     job.train("head")
